@@ -1,0 +1,1 @@
+"""The command line: parse, call, render. Importing it loads no tensor library."""

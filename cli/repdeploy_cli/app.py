@@ -1,0 +1,79 @@
+"""The Typer application, and the one place where errors become exit statuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from repdeploy_cli import options
+from repdeploy_cli.commands import bench, convert, doctor, export, families, inspect, verify
+
+app = typer.Typer(
+    name="repdeploy",
+    help="Fuse, prove, export and benchmark structural re-parameterization networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (inspect.inspect, convert.convert, verify.verify, export.export, bench.bench, families.families, doctor.doctor):
+    app.command()(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"repdeploy {version('repdeploy')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fuse, prove, export and benchmark structural re-parameterization networks."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and leave with its exit status (design section 4)."""
+    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    from click.exceptions import Abort, ClickException, Exit
+
+    from repdeploy.errors import RepDeployError
+    from repdeploy_cli.render import show_error
+
+    try:
+        status: Any = app(args=arguments, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except Exit as leave:
+        return leave.exit_code
+    except ClickException as reason:
+        show_error(reason.format_message(), f"see repdeploy {_verb(arguments)}--help", "error")
+        return 2
+    except (KeyboardInterrupt, Abort):
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except RepDeployError as reason:
+        if options.debugging():
+            raise
+        show_error(str(reason), reason.hint, "error")
+        return reason.exit_status
+
+
+def _verb(arguments: list[str]) -> str:
+    known = {command.__name__ for command in (item.callback for item in app.registered_commands) if command is not None}
+    return f"{arguments[0]} " if arguments and arguments[0] in known else ""

@@ -1,0 +1,390 @@
+"""How records look in a terminal: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from repdeploy_cli import options
+
+if TYPE_CHECKING:
+    from repdeploy.progress import Progress
+    from repdeploy.records import (
+        Bench,
+        BlockReport,
+        Check,
+        Conversion,
+        Export,
+        Fact,
+        FamilyInfo,
+        Inspection,
+        Manifest,
+        Source,
+        Tool,
+        Verification,
+    )  # fmt: skip
+
+ORIGINS = {
+    "set": "stated with --set",
+    "arch": "from --arch",
+    "file": "stored in the file",
+    "skeleton": "assumed: the network's convention",
+    "default": "assumed: nothing tells it",
+}
+MAX_BLOCK_ROWS = 12
+"""Longer block tables show their beginning and the worst block; --json has them all."""
+
+
+def stdout() -> Console:
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def show_error(message: str, hint: str, label: str) -> None:
+    """Two lines: what happened and what was expected, what to do."""
+    console = stderr()
+    console.print(Text.assemble((f"{label}: ", "bold red"), _tidy(message)), soft_wrap=True)
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold cyan"), _tidy(hint)), soft_wrap=True)
+
+
+def chosen(path: Path | None) -> Path:
+    """The path that was given, or the newest bundle here, and which one that is."""
+    if path is not None:
+        return path
+    from repdeploy import pipeline
+
+    found = pipeline.newest_bundle()
+    if not options.quiet():
+        stderr().print(Text(f"taking the newest bundle here: {found}"))
+    return found
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A bar on stderr for what takes longer; nothing where stderr is no terminal or --quiet was given."""
+    console = stderr()
+    if options.quiet() or not console.is_terminal or console.is_dumb_terminal:
+        from repdeploy.progress import silent
+
+        yield silent
+        return
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        TextColumn("{task.description:<40}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(),
+        console=console, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("loading", total=1)
+
+        def report(stage: str, done: int, total: int) -> None:
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield report
+
+
+def show_conversion(conversion: Conversion) -> None:
+    if _printed(conversion):
+        return
+    console, manifest = stdout(), conversion.manifest
+    _summary(console, manifest.source, manifest.family, manifest.architecture, manifest.skeleton)
+    for note in manifest.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+    if conversion.already_deployed:
+        console.print()
+        console.print(
+            Text(f"nothing to fuse: all {len(manifest.blocks)} blocks are in their deploy form already", "bold green")
+        )
+        return
+    console.print()
+    console.print(_blocks(manifest.blocks))
+    _parameters(console, manifest.parameters_before, manifest.parameters_after)
+    for name, reason in _grouped_by_reason(manifest.dropped):
+        console.print(f"left out: {name} ({reason})")
+    _facts(console, manifest.facts)
+    if conversion.bundle is None:
+        console.print()
+        console.print(Text("dry run: nothing was proved or written", "bold"))
+        return
+    console.print()
+    _verdict(console, manifest)
+    console.print()
+    console.print(Text.assemble("wrote ", (str(conversion.bundle), "bold")))
+
+
+def show_inspection(found: Inspection) -> None:
+    if _printed(found):
+        return
+    console = stdout()
+    _summary(console, found.source, found.family or "", found.architecture or "", None)
+    for note in found.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+    if found.source.inert:
+        console.print(f"read as inert data, never loaded: {', '.join(found.source.inert)}")
+    console.print()
+    console.print(_blocks(found.blocks))
+    _parameters(console, found.parameters_before, found.parameters_after)
+    if found.already_deployed:
+        console.print(Text("every block is in its deploy form already", "bold green"))
+    _facts(console, found.facts)
+    for outcome in (*found.matches, *found.skeletons):
+        reason = getattr(outcome, "reason", None)
+        if reason:
+            console.print(Text(f"not {outcome.family}: {reason}", "dim"))
+    if found.left_alone:
+        console.print(f"left alone: {len(found.left_alone)} tensors outside the blocks, for example {found.left_alone[0]}")
+
+
+def show_verification(verification: Verification) -> int:
+    if not _printed(verification):
+        console = stdout()
+        console.print(Text(verification.subject, "bold"))
+        console.print(_checks(verification.checks))
+        for reason in verification.skipped:
+            console.print(Text(f"not checked: {reason}", "yellow"))
+        passed = sum(check.passed for check in verification.checks)
+        style = "bold green" if verification.passed else "bold red"
+        console.print(Text(f"{passed} of {len(verification.checks)} checks passed", style))
+    return 0 if verification.passed else 4
+
+
+def show_export(result: Export) -> int:
+    if not _printed(result):
+        console = stdout()
+        table = _table("artifact", "precision", "input", "opset", ">size", ">error", ">budget")
+        for item in result.artifacts:
+            worst = max(item.checks, key=lambda check: check.error, default=None)
+            table.add_row(
+                item.file, item.precision, _input(item.input_shape, item.dynamic), str(item.opset or ""), _size(item.bytes),
+                f"{worst.error:.1e}" if worst else "", f"{worst.budget:g}" if worst else "",
+            )  # fmt: skip
+        console.print(table)
+        batches = ", ".join(check.subject.rpartition("batch ")[2] for check in result.artifacts[0].checks)
+        if batches:
+            console.print(f"checked in onnxruntime against the float64 reference at batch {batches}")
+        for name in result.reused:
+            console.print(f"{name} was current already")
+        for note in result.notes:
+            console.print(note, soft_wrap=True)
+        console.print(Text.assemble("in ", (str(result.bundle), "bold")))
+    if result.missing:
+        show_error(f"no engine was built: {result.missing}", result.hint, "error")
+        return 5
+    return 0
+
+
+def show_bench(result: Bench) -> None:
+    if _printed(result):
+        return
+    console = stdout()
+    first = next(timing for row in result.rows for timing in row.timings)
+    image = "x".join(map(str, first.input_shape[1:]))
+    console.print(Text.assemble((result.subject, "bold"), f"  images {image}, {first.precision}, {first.threads} threads"))
+    both = any(row.speedup for row in result.rows)
+    columns = ("runtime", "device", ">batch", ">training-time", ">deploy", ">speed-up", "95 % interval", ">images/s")
+    table = _table(*columns) if both else _table("runtime", "device", ">batch", ">latency", ">runs", ">images/s")
+    for row in result.rows:
+        if not row.timings:
+            table.add_row(row.runtime, row.device, str(row.batch), Text(row.missing, "yellow"))
+            continue
+        last = row.timings[-1]
+        if row.speedup is None:
+            cells: list[Any] = [_time(last.median), str(len(last.seconds)), f"{last.images_per_second:,.1f}"]
+        else:
+            ratio = f"{row.speedup.ratio:.2f}x"
+            style = "green" if row.speedup.differs and row.speedup.ratio > 1 else "red" if row.speedup.differs else ""
+            interval = f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}" + ("" if row.speedup.differs else "  no difference")
+            cells = [
+                _time(row.timings[0].median),
+                _time(last.median),
+                Text(ratio, style),
+                interval,
+                f"{last.images_per_second:,.1f}",
+            ]
+        table.add_row(row.runtime, row.device, str(row.batch), *cells)
+    console.print(table)
+    runs = sorted({len(timing.seconds) for row in result.rows for timing in row.timings})
+    console.print(
+        f"medians of {runs[0]}{f' to {runs[-1]}' if runs[-1] > runs[0] else ''} interleaved runs per network, all kept"
+    )
+    for row in result.rows:
+        for warning in row.warnings:
+            console.print(Text(f"warning: {row.runtime}, batch {row.batch}, {warning}", "yellow"))
+        if row.missing:
+            console.print(
+                Text(f"{row.runtime} on {row.device}: {row.missing}" + (f"; {row.hint}" if row.hint else ""), "yellow")
+            )
+    for note in result.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+
+
+def show_families(found: tuple[FamilyInfo, ...]) -> None:
+    if _printed(found, "repdeploy.families/1", "families"):
+        return
+    table = _table("family", "block", "networks", "official variants", "from")
+    for item in found:
+        if item.error:
+            table.add_row(item.name, Text(f"does not load: {item.error}", "red"), "", "", item.distribution)
+        else:
+            table.add_row(
+                item.name,
+                item.title,
+                ", ".join(item.skeletons),
+                _count(item.architectures),
+                f"{item.source}\n{item.distribution}",
+            )
+    stdout().print(table)
+
+
+def show_doctor(found: tuple[Tool, ...]) -> None:
+    if _printed(found, "repdeploy.doctor/1", "tools"):
+        return
+    table = _table("what", "for", "state", "version", "how to get it")
+    for item in found:
+        table.add_row(
+            item.name, item.purpose, Text(item.state, "green" if item.state == "ready" else "yellow"), item.version, item.hint
+        )
+    stdout().print(table)
+
+
+def _printed(record: Any, schema: str = "", name: str = "") -> bool:
+    """Whether --json was asked for, and so the record was printed as one document."""
+    if not options.as_json():
+        return False
+    import json
+
+    from repdeploy.records import plain
+
+    document = {"schema": schema, name: plain(record)} if name else plain(record)
+    print(json.dumps(document, indent=1, ensure_ascii=False))
+    return True
+
+
+def _summary(console: Console, source: Source, family: str, architecture: str, skeleton: str | None) -> None:
+    where = f", under {source.where!r}" if source.where else ""
+    prefix = f", prefix {source.prefix!r} stripped" if source.prefix else ""
+    console.print(Text.assemble((source.file, "bold"), f"  {source.container}, {_size(source.bytes)}{where}{prefix}"))
+    weights = {"model": "the model's own weights", "ema": "the EMA weights"}[source.weights]
+    if source.has_ema:
+        other = "ema" if source.weights == "model" else "model"
+        weights += f" (the file also holds the other ones: --weights {other})"
+    console.print(f"{family}: {architecture}; {weights}")
+
+
+def _verdict(console: Console, manifest: Manifest) -> None:
+    verdict = manifest.verdict
+    head = f"{'verified' if verdict.passed else 'FAILED'}, {verdict.grade}"
+    for warning in verdict.warnings:
+        console.print(Text(f"warning: {warning}", "yellow"))
+    console.print(Text(head, "bold green" if verdict.passed else "bold red"))
+    algebra = [check for check in verdict.checks if check.gate == "algebra"]
+    others = [check for check in verdict.checks if check.gate != "algebra"]
+    rows = others
+    if algebra:
+        from dataclasses import replace
+
+        worst = max(algebra, key=lambda check: check.error)
+        rows = [replace(worst, subject=f"{len(algebra)} blocks, the worst is {worst.subject or '(root)'}"), *others]
+    console.print(_checks(rows))
+    if verdict.grade == "self-consistent":
+        console.print(
+            "self-consistent: the fusion is proved; the description behind it rests on the assumed facts above.\n"
+            "Anchor it with --expect FILE.npz (input and output recorded by your training code)."
+        )
+
+
+def _checks(checks: Iterable[Check]) -> Table:
+    table = _table("gate", "what", ">error", ">budget", "")
+    for check in checks:
+        mark = Text("ok", "green") if check.passed else Text(check.failure or "over budget", "red")
+        table.add_row(check.gate, check.subject, f"{check.error:.1e}", f"{check.budget:.1e}" if check.budget else "0", mark)
+    return table
+
+
+def _blocks(blocks: tuple[BlockReport, ...]) -> Table:
+    proved = any(block.residual is not None for block in blocks)
+    table = _table("block", "branches", "becomes", ">parameters", *((">error",) if proved else ()))
+    shown = blocks if len(blocks) <= MAX_BLOCK_ROWS else blocks[: MAX_BLOCK_ROWS - 2]
+    for block in shown:
+        _block_row(table, block, proved)
+    hidden = blocks[len(shown) :]
+    if hidden:
+        table.add_row(f"... {len(hidden) - 1} more", "", "", *(("", "") if proved else ("",)))
+        _block_row(table, hidden[-1], proved)
+    return table
+
+
+def _block_row(table: Table, block: BlockReport, proved: bool) -> None:
+    out, within, height, width = block.kernel
+    groups = f", {block.groups} groups" if block.groups > 1 else ""
+    parameters = f"{block.parameters_before:,} -> {block.parameters_after:,}"
+    error = (f"{block.residual:.0e}" if block.residual is not None else "",) if proved else ()
+    table.add_row(
+        block.name or "(root)", block.formula, f"{height}x{width} {within * block.groups} -> {out}{groups}", parameters, *error
+    )
+
+
+def _facts(console: Console, facts: tuple[Fact, ...]) -> None:
+    if not facts:
+        return
+    console.print()
+    table = _table("fact", "value", "blocks", "origin")
+    for fact in facts:
+        scopes = [scope or "(root)" for scope in fact.scopes]
+        where = ", ".join(scopes) if len(scopes) <= 3 else f"{len(scopes)} blocks"
+        table.add_row(fact.name, fact.value, where, Text(ORIGINS[fact.origin], "yellow" if fact.origin == "default" else ""))
+    console.print(table)
+
+
+def _parameters(console: Console, before: int, after: int) -> None:
+    console.print(f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})")
+
+
+def _table(*columns: str) -> Table:
+    """Column names; a leading > aligns numbers to the right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    return table
+
+
+def _grouped_by_reason(dropped: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
+    groups: dict[str, list[str]] = {}
+    for name, reason in dropped:
+        root = name.split(".")[0]
+        if root not in groups.setdefault(reason, []):
+            groups[reason].append(root)
+    return [(", ".join(names), reason) for reason, names in groups.items()]
+
+
+def _input(shape: tuple[int, ...], dynamic: tuple[str, ...]) -> str:
+    parts = ["batch" if index == 0 and "batch" in dynamic else str(size) for index, size in enumerate(shape)]
+    return "x".join(parts)
+
+
+def _count(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.split())

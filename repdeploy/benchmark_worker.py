@@ -1,0 +1,112 @@
+"""The child process in which one runtime is measured: `python -m repdeploy.benchmark_worker`, a job on standard input.
+
+One process per runtime keeps thread pools, allocators and crashes apart. It writes one JSON object per line: progress,
+then a row per batch size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from repdeploy.errors import RepDeployError
+from repdeploy.records import BenchRow, Timing, plain
+from repdeploy.runtimes.interface import Job, Runtime, Session
+from repdeploy.statistics import interleaved, speedup, warm_up
+
+LEAST_RUNS = 12
+MOST_RUNS = 400
+
+
+def main() -> int:
+    request = json.loads(sys.stdin.read())
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a runtime prints must not land among the answers
+    try:
+        for row in measure(request):
+            print(json.dumps({"row": plain(row)}), file=answers, flush=True)
+    except RepDeployError as reason:
+        print(json.dumps({"error": str(reason), "hint": reason.hint}), file=answers, flush=True)
+        return reason.exit_status
+    return 0
+
+
+def measure(request: dict[str, Any]) -> Iterator[BenchRow]:
+    """One row per batch size of the request: {runtime, device, subject, image, batches, threads, seconds}."""
+    from repdeploy.runtimes import RUNTIMES
+
+    runtime = next(item for item in RUNTIMES if (item.name, item.device) == (request["runtime"], request["device"]))
+    image = tuple(request["image"])
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        networks = _jobs(Path(request["subject"]), image, request["threads"], scratch)
+        sessions = [(name, stack.enter_context(runtime.open(job))) for name, job in networks]
+        for batch in request["batches"]:
+            try:
+                yield _row(runtime, sessions, batch, image, request)
+            except (RepDeployError, RuntimeError, MemoryError) as reason:
+                yield BenchRow(runtime.name, runtime.device, batch, missing=f"failed: {' '.join(str(reason).split())[:200]}")
+
+
+def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[Any, Job]]:
+    if subject.is_file():
+        return [("file", Job(image, threads, onnx=lambda: subject))]
+    from repdeploy import registry
+    from repdeploy.bundle import Bundle
+    from repdeploy.network import Network
+    from repdeploy.rebuild import deploy_network, training_twin
+
+    bundle, families = Bundle(subject), registry.families()
+
+    def onnx_of(name: str, network: Network) -> Path:
+        from repdeploy.exporters.onnx_file import write_onnx
+
+        write_onnx(network, scratch / f"{name}.onnx", image, batch=None, provenance={})
+        return scratch / f"{name}.onnx"
+
+    def training() -> Network:
+        return training_twin(bundle, families, image)
+
+    def deploy() -> Network:
+        return deploy_network(bundle, families, image)
+
+    return [
+        ("training-time", Job(image, threads, training, lambda: onnx_of("training", training()))),
+        ("deploy", Job(image, threads, deploy, lambda: onnx_of("deploy", deploy()))),
+    ]
+
+
+def _row(runtime: Runtime, sessions: list[tuple[Any, Session]], batch: int, image: Any, request: dict[str, Any]) -> BenchRow:
+    from repdeploy.network import sample_images
+
+    x = sample_images((batch, *image), seed=batch).numpy()
+    timers = [session.timer(x) for _, session in sessions]
+    warmups, steady = warm_up(timers)
+    runs = interleaved(timers, request["seconds"], LEAST_RUNS, MOST_RUNS, seed=batch)
+    timings = tuple(
+        Timing(
+            name,
+            runtime.name,
+            runtime.device,
+            runtime.precision,
+            request["threads"],
+            batch,
+            (batch, *image),
+            seconds,
+            warmups,
+            steady,
+        )
+        for (name, _), seconds in zip(sessions, runs, strict=True)
+    )
+    ratio = speedup(runs[0], runs[1]) if len(runs) == 2 else None
+    return BenchRow(runtime.name, runtime.device, batch, timings, ratio)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

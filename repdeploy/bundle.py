@@ -1,0 +1,154 @@
+"""The bundle: a folder that needs neither the checkpoint nor the paper's code again (design section 5)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from repdeploy.checkpoint.other_files import read_safetensors
+from repdeploy.checkpoint.stored import StoredTensor
+from repdeploy.digest import digest
+from repdeploy.errors import InputError, UsageError
+from repdeploy.records import Manifest, manifest_from_json, to_json
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+REFERENCES = "references.npz"
+BENCH = "bench.json"
+SUFFIX = ".repdeploy"
+PARTIAL = ".partial-"
+MAX_REFERENCE_BYTES = 64 << 20
+
+
+class Bundle:
+    """An opened bundle. Raises InputError where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.manifest: Manifest = manifest_from_json((path / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError as reason:
+            raise UsageError(f"{path} is no bundle: it has no {MANIFEST}", hint="make one with repdeploy convert") from reason
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+            raise InputError(f"{path / MANIFEST} is not understood: {reason}", hint="convert the checkpoint again") from reason
+
+    def tensors(self) -> dict[str, StoredTensor]:
+        return read_safetensors(self._intact(WEIGHTS, self.manifest.weights_sha256))
+
+    def references(self) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
+        """Per image shape (channels, height, width): inputs in float32 and their float64 outputs."""
+        if self.manifest.references_sha256 is None:
+            return {}
+        with np.load(self._intact(REFERENCES, self.manifest.references_sha256)) as arrays:
+            pairs = [(arrays[name], arrays[name.replace("input", "output", 1)]) for name in arrays if name.startswith("input")]
+        return {inputs.shape[1:]: (inputs, outputs) for inputs, outputs in pairs}
+
+    def write_manifest(self, manifest: Manifest) -> None:
+        write_text(self.path / MANIFEST, to_json(manifest))
+        self.manifest = manifest
+
+    def _intact(self, name: str, sha256: str) -> Path:
+        path = self.path / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing", hint="convert the checkpoint again")
+        if digest(path) != sha256:
+            raise InputError(f"{path} is not the file the manifest vouches for", hint="convert the checkpoint again")
+        return path
+
+
+def newest(folder: Path) -> Path:
+    """The bundle in a folder whose manifest was written last. Raises UsageError when there is none."""
+    found = [path for path in folder.glob(f"*{SUFFIX}") if (path / MANIFEST).is_file()]
+    if not found:
+        raise UsageError(
+            "there is no bundle in this folder", hint="make one with repdeploy convert CHECKPOINT, or give a bundle's path"
+        )
+    return max(found, key=lambda path: ((path / MANIFEST).stat().st_mtime_ns, path.name))
+
+
+def save_references(path: Path, pairs: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]) -> None:
+    """Write inputs and outputs per image shape, byte for byte the same for the same arrays; capped in size."""
+    arrays: dict[str, np.ndarray] = {}
+    for shape, (inputs, outputs) in pairs.items():
+        per_image = (inputs.nbytes + outputs.nbytes) // len(inputs)
+        kept = max(1, min(len(inputs), MAX_REFERENCE_BYTES // max(per_image, 1)))
+        suffix = "" if not arrays else "_" + "x".join(map(str, shape))
+        arrays[f"input{suffix}"], arrays[f"output{suffix}"] = inputs[:kept], outputs[:kept]
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def check_target(path: Path, force: bool) -> Manifest | None:
+    """What stands where a bundle will be written: nothing (None) or a bundle. Raises UsageError for anything else."""
+    if not path.exists():
+        return None
+    if path.is_dir() and (path / MANIFEST).is_file():
+        try:
+            return Bundle(path).manifest
+        except InputError:
+            if force:
+                return None
+            raise
+    if path.is_dir() and not any(path.iterdir()):
+        return None
+    raise UsageError(f"{path} exists and is no bundle; it is left as it is", hint="give another output with -o")
+
+
+@contextmanager
+def new_bundle(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target that becomes the target when the block ends well, and vanishes otherwise.
+
+    Raises UsageError where the place cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL}", dir=target.parent))
+    except OSError as reason:
+        raise UsageError(
+            f"{target.parent} cannot be written: {reason.strerror}", hint="give another output with -o"
+        ) from reason
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if target.exists():
+            retired = temporary.with_name(temporary.name + ".old")
+            target.rename(retired)
+            temporary.rename(target)
+            shutil.rmtree(retired)
+        else:
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file; it takes the file's place when the block ends well, and vanishes otherwise.
+
+    Raises UsageError where the place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{PARTIAL}{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as reason:
+        raise UsageError(f"{path} cannot be written: {reason.strerror}", hint="give another output with -o") from reason
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,126 @@
+"""One door for every container: sniff it, read its tree, choose the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from repdeploy.checkpoint.other_files import read_hdf5, read_safetensors
+from repdeploy.checkpoint.stored import StoredTensor
+from repdeploy.checkpoint.torch_file import read_stream, read_zip
+from repdeploy.checkpoint.wrappers import architecture_hint, choose
+from repdeploy.errors import InputError, UnreadableCheckpoint, UnsafeCheckpoint, UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of one network as they lie in a file.
+
+    `where`: the keys that led to them; `prefix`: what was stripped from every key; `others`: tables of tensors that
+    were not taken; `architecture`: the name stored beside them; `attributes`: per module of a pickled network, its
+    class and geometry; `inert`: classes in the file that were read as data.
+    """
+
+    path: Path
+    container: str
+    weights: str
+    where: str
+    prefix: str
+    tensors: Mapping[str, StoredTensor]
+    others: tuple[tuple[str, int], ...] = ()
+    has_ema: bool = False
+    architecture: str | None = None
+    attributes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    inert: frozenset[str] = frozenset()
+
+
+def load(path: Path, weights: str = "model") -> Checkpoint:
+    """Open a training checkpoint without running anything in it. `weights` is "model" or "ema".
+
+    Raises UsageError when there is no such file, UnreadableCheckpoint, UnsafeCheckpoint or InputError for its contents.
+    """
+    container = sniff(path)
+    inert: frozenset[str] = frozenset()
+    tree: Any
+    if container == "torch zip":
+        tree, inert = read_zip(path)
+    elif container == "torch stream":
+        tree, inert = read_stream(path)
+    elif container == "safetensors":
+        tree = read_safetensors(path)
+    else:
+        tree = read_hdf5(path)
+    chosen, others = choose(tree, weights)
+    stored = sum(tensor.bytes for tensor in chosen.tensors.values())
+    if stored > 8 * path.stat().st_size + (64 << 20):
+        raise UnsafeCheckpoint(
+            f"the tensors of {path.name} expand to {stored >> 20:,} MiB, the file has {path.stat().st_size >> 20:,}: "
+            "they repeat a few numbers, as no trained weights do",
+            hint="save contiguous tensors: {key: tensor.contiguous()}",
+        )
+    return Checkpoint(
+        path=path,
+        container=container,
+        weights="ema" if chosen.is_ema else "model",
+        where=chosen.where,
+        prefix=chosen.stripped,
+        tensors=chosen.tensors,
+        others=tuple((item.where, len(item.tensors)) for item in others),
+        has_ema=chosen.is_ema or any(item.is_ema for item in others),
+        architecture=architecture_hint(tree) or _sibling_architecture(path),
+        attributes=chosen.attributes,
+        inert=inert,
+    )
+
+
+def sniff(path: Path) -> str:
+    """The container, from its first bytes: names of files prove nothing."""
+    if not path.exists():
+        raise UsageError(f"there is no file {path}", hint="check the path")
+    if not path.is_file():
+        raise UsageError(f"{path} is a folder", hint="give the checkpoint file in it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as reason:
+        raise UsageError(f"{path} cannot be read: {reason.strerror}", hint="check its permissions") from reason
+    if head[:4] == b"PK\x03\x04":
+        return "torch zip"
+    if head[:8] == b"\x89HDF\r\n\x1a\n":
+        return "hdf5"
+    if len(head) > 8 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
+        return "safetensors"
+    if head[:1] == b"\x80":
+        return "torch stream"
+    known = "a torch.save file (.pth, .pt, .pth.tar), .safetensors or .hdf5"
+    if not head:
+        raise UnreadableCheckpoint(f"{path.name} is empty; expected {known}", hint="copy or download it again")
+    if path.suffix == ".onnx":
+        raise InputError(
+            f"{path.name} is an ONNX graph; convert reads training checkpoints, {known}",
+            hint="give the checkpoint the graph was exported from",
+        )
+    what = "a text file" if _is_text(head) else "no container known here"
+    raise UnreadableCheckpoint(
+        f"{path.name} is {what}; expected {known}", hint="if it was downloaded, look inside: it may be an error page"
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    return all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
+
+
+def _sibling_architecture(path: Path) -> str | None:
+    """The name in a config.json beside the file (Hugging Face layout)."""
+    config = path.parent / "config.json"
+    if not config.is_file() or config.stat().st_size > 1 << 20:
+        return None
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    name = content.get("architecture") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,154 @@
+"""Export: artifacts into a bundle, each proved (gate 4) before the manifest names it; what is current is not made again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from repdeploy import gates
+from repdeploy.bundle import REFERENCES, Bundle, replacing, save_references
+from repdeploy.digest import digest
+from repdeploy.errors import VerificationFailed
+from repdeploy.exporters import onnx_file, tensorrt_engine
+from repdeploy.family import Family
+from repdeploy.progress import Progress
+from repdeploy.rebuild import check_image, deploy_network
+from repdeploy.records import Artifact, Check, Export
+from repdeploy.runtimes.onnx_cpu import OnnxSession
+
+REFERENCE_IMAGES = 3
+"""References at a deploy size of their own: enough for two batch sizes."""
+PRECISION = "fp32"
+
+
+def export(
+    bundle: Bundle,
+    families: Sequence[Family],
+    shape: tuple[int, ...],
+    *,
+    trt: bool,
+    output: Path | None,
+    dynamic: str,
+    command: str,
+    progress: Progress,
+) -> Export:
+    """Write ONNX (and for `trt` the engine, or all that its target machine needs)."""
+    image = check_image(bundle, families, shape)
+    progress("exporting ONNX", 0, 3)
+    name = f"model.{PRECISION}.onnx"
+    path = output or bundle.path / name
+    current = _current(bundle, name, shape, dynamic) if output is None else None
+    if current is not None:
+        onnx = current
+    else:
+        inputs, outputs = _references(bundle, families, image, progress)
+        network = deploy_network(bundle, families, image)
+        onnx = _write_onnx(bundle, network, path, image, shape, dynamic, command, inputs, outputs, progress)
+        if output is None:
+            bundle.write_manifest(bundle.manifest.with_artifact(onnx))
+    reused = (name,) if current is not None else ()
+    progress("exporting ONNX", 3, 3)
+    if not trt:
+        return Export(bundle.path, (onnx,), reused)
+    return _tensorrt(bundle, onnx, path, image, dynamic, command, reused)
+
+
+def onnx_checks(path: Path, precision: str, inputs: np.ndarray, outputs: np.ndarray, *, dynamic: bool) -> list[Check]:
+    """Gate 4: the file through onnxruntime against the float64 reference, at two batch sizes where it takes them."""
+    session = OnnxSession(path)
+    sizes = sorted({len(inputs), 1}) if dynamic else [onnx_file.image_of(path)[0][0] or 1]
+    checks = []
+    for size in sizes:
+        x = np.concatenate([inputs] * -(-size // len(inputs)))[:size]
+        wanted = np.concatenate([outputs] * -(-size // len(outputs)))[:size]
+        got = torch.from_numpy(session.run(np.ascontiguousarray(x)))
+        subject = f"{path.name} in onnxruntime, batch {size}"
+        checks.append(gates.artifact_check(subject, got, torch.from_numpy(wanted), precision))
+    return checks
+
+
+def _write_onnx(
+    bundle: Bundle,
+    network: torch.nn.Module,
+    path: Path,
+    image: tuple[int, int, int],
+    shape: tuple[int, ...],
+    dynamic: str,
+    command: str,
+    inputs: np.ndarray,
+    outputs: np.ndarray,
+    progress: Progress,
+) -> Artifact:
+    manifest = bundle.manifest
+    provenance = {
+        "source": manifest.source.file, "source_sha256": manifest.source.sha256, "weights_sha256": manifest.weights_sha256,
+        "family": manifest.family, "architecture": manifest.architecture, "grade": manifest.verdict.grade,
+        "version": manifest.tools.get("repdeploy", ""),
+    }  # fmt: skip
+    with replacing(path) as temporary:
+        batch = None if dynamic == "batch" else shape[0]
+        opset = onnx_file.write_onnx(network, temporary, image, batch=batch, provenance=provenance)  # type: ignore[arg-type]
+        progress("verifying ONNX", 2, 3)
+        checks = onnx_checks(temporary, PRECISION, inputs, outputs, dynamic=batch is None)
+        checks = [replace(check, subject=check.subject.replace(temporary.name, path.name)) for check in checks]
+        failed = next((check for check in checks if not check.passed), None)
+        if failed is not None:
+            raise VerificationFailed(
+                f"{path.name} is not the proved network: {failed.subject}: "
+                f"{failed.failure or f'error {failed.error:.3g}, budget {failed.budget:.3g}'}; it was not written",
+                hint="please report this with the versions that repdeploy doctor prints",
+            )
+    return Artifact(
+        file=path.name, kind="onnx", precision=PRECISION, sha256=digest(path), bytes=path.stat().st_size,
+        made_from=manifest.weights_sha256, command=command, input_shape=shape, opset=opset,
+        dynamic=("batch",) if dynamic == "batch" else (), checks=tuple(checks),
+    )  # fmt: skip
+
+
+def _references(
+    bundle: Bundle, families: Sequence[Family], image: tuple[int, int, int], progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and float64 outputs at an image size: the gates' own where they fit, else made from the proved weights."""
+    known = bundle.references()
+    if image not in known:
+        progress("running the proved network in float64", 1, 3)
+        images = gates.gate_images(image, batch=REFERENCE_IMAGES)
+        exact = gates.run_in_chunks(deploy_network(bundle, families, image, torch.float64), images.double())
+        known[image] = images.numpy(), exact.numpy()
+        save_references(bundle.path / REFERENCES, known)
+        bundle.write_manifest(replace(bundle.manifest, references_sha256=digest(bundle.path / REFERENCES)))
+    return known[image]
+
+
+def _current(bundle: Bundle, name: str, shape: tuple[int, ...], dynamic: str) -> Artifact | None:
+    """The artifact of that name, where it was made from these weights for this shape and is unchanged since."""
+    artifact, path = bundle.manifest.artifact(name), bundle.path / name
+    wanted = ("batch",) if dynamic == "batch" else ()
+    if artifact is None or artifact.made_from != bundle.manifest.weights_sha256 or artifact.dynamic != wanted:
+        return None
+    same_shape = artifact.input_shape[1:] == shape[1:] if wanted else artifact.input_shape == shape
+    return artifact if same_shape and path.is_file() and digest(path) == artifact.sha256 else None
+
+
+def _tensorrt(
+    bundle: Bundle, onnx: Artifact, path: Path, image: tuple[int, int, int], dynamic: str, command: str, reused: tuple[str, ...]
+) -> Export:
+    size = onnx.input_shape[0]
+    batches = tensorrt_engine.BATCHES if dynamic == "batch" else (size, size, size)
+    tensorrt_engine.write_build_script(bundle.path, path.name, image, batches, PRECISION)
+    line = tensorrt_engine.trtexec_line(path.name, onnx_file.INPUT, image, batches)
+    notes = (f"{tensorrt_engine.SCRIPT} builds, runs and checks the engine on the target machine", f"or: {line}")
+    absent = tensorrt_engine.missing()
+    if absent is not None:
+        return Export(bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes)
+    plan = tensorrt_engine.build_engine(bundle.path)
+    engine = Artifact(
+        file=plan.name, kind="tensorrt", precision=PRECISION, sha256=digest(plan), bytes=plan.stat().st_size,
+        made_from=bundle.manifest.weights_sha256, command=command, input_shape=onnx.input_shape, dynamic=onnx.dynamic,
+    )  # fmt: skip
+    bundle.write_manifest(bundle.manifest.with_artifact(engine))
+    return Export(bundle.path, (onnx, engine), reused, notes=notes)

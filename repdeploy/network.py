@@ -1,0 +1,155 @@
+"""A recognised network as a torch module: the skeleton over training-time expressions, or over fused convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from repdeploy.algebra import Conv, Linear
+from repdeploy.facts import Facts
+from repdeploy.recognise import Plan, Table
+
+
+class ExpressionLayer(nn.Module):
+    """A block run literally, branch by branch. Its tensors are buffers, so that it moves and exports like any module."""
+
+    def __init__(self, expression: Linear) -> None:
+        super().__init__()
+        self._names = []
+        for path, tensor in expression.tensors():
+            self._names.append(path.replace(".", "_"))
+            self.register_buffer(self._names[-1], tensor)
+        self._expression, self._first = expression, self._buffers[self._names[0]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._buffers[self._names[0]] is not self._first:  # moved, cast, or traced: the expression follows its buffers
+            current = iter([self.get_buffer(name) for name in self._names])
+            self._expression = self._expression.map(lambda _: next(current))
+            self._first = self._buffers[self._names[0]]
+        return self._expression.run(x)
+
+
+class ConvLayer(nn.Module):
+    """One convolution with a zero border."""
+
+    def __init__(self, conv: Conv) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", conv.weight)
+        self.register_buffer("bias", conv.bias)
+        self._geometry = conv.stride, conv.pads, conv.dilation, conv.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        stride, pads, dilation, groups = self._geometry
+        return Conv(self.weight, self.bias, stride, pads, dilation, groups).run(x)
+
+
+class LinearLayer(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Network(nn.Module):
+    """x (batch, channels, height, width) -> the skeleton's output. Buffers carry the dotted names of the deploy layout."""
+
+    def __init__(self, plan: Plan, layers: Mapping[str, tuple[str, nn.Module]]) -> None:
+        """`layers`: per slot, the dotted name its tensors go by, and the layer."""
+        super().__init__()
+        self.plan = plan
+        for path, layer in layers.values():
+            _place(self, path, layer)
+        self._net = _Running(plan, {slot: layer for slot, (_, layer) in layers.items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plan.skeleton.forward(self._net, x)
+
+    def outputs_by_slot(self, x: Tensor) -> dict[str, Tensor]:
+        """Every slot's output on the way, in order: to name the first block that differs."""
+        seen: dict[str, Tensor] = {}
+        self.plan.skeleton.forward(_Running(self.plan, self._net.layers, seen), x)
+        return seen
+
+
+class _Running:
+    """The net that a skeleton sees when the network runs."""
+
+    def __init__(self, plan: Plan, layers: Mapping[str, nn.Module], seen: dict[str, Tensor] | None = None) -> None:
+        self.plan, self.layers, self.seen = plan, layers, seen
+
+    def at(self, name: str, x: Tensor, *, stride: int = 1) -> Tensor:
+        result: Tensor = self.layers[name](x)
+        if self.seen is not None:
+            self.seen[name] = result
+        return result
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return self.at(name, x)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.plan.keys
+
+    def children(self, name: str) -> tuple[str, ...]:
+        return self.plan.keys.children(name)
+
+    def drop(self, name: str, reason: str) -> None:
+        pass
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return x
+
+
+def build(
+    plan: Plan, tensors: Table, read: Callable[[str], Tensor], facts: Facts, *, squeezed: bool, dtype: torch.dtype
+) -> Network:
+    """The network over the tensors that `read` gives in float64, cast to `dtype` in the end.
+
+    `squeezed`: one convolution per slot, else the slot's expression. The same code serves training-time and deploy files.
+    """
+    layers: dict[str, tuple[str, nn.Module]] = {}
+    for slot in plan.slots.values():
+        expression = slot.describe(read, facts, plan.keys)
+        if squeezed or isinstance(expression, Conv):
+            conv = expression.squeeze().zero_filled().map(lambda tensor: tensor.to(dtype))
+            layers[slot.name] = slot.deploy_keys[0].removesuffix("weight").removesuffix("."), ConvLayer(conv)
+        else:
+            layers[slot.name] = slot.name, ExpressionLayer(expression.map(lambda tensor: tensor.to(dtype)))
+    for name in plan.linears:
+        bias = read(f"{name}.bias").to(dtype) if f"{name}.bias" in tensors else None
+        layers[name] = name, LinearLayer(read(f"{name}.weight").to(dtype), bias)
+    return Network(plan, layers).eval()
+
+
+def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
+    """Register a layer under a dotted name, making the levels between."""
+    *parents, last = path.split(".") if path else ["block"]
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    if isinstance(getattr(root, last, None), nn.Module):
+        for name, child in getattr(root, last).named_children():
+            layer.add_module(name, child)
+    root.add_module(last, layer)
+
+
+def sample_images(shape: Iterable[int], seed: int) -> Tensor:
+    """Structured images in float32: offsets, waves and noise, so that neither a constant nor a symmetry hides a mistake."""
+    batch, channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch, channels, height, width, generator=generator)
+    rows = torch.linspace(0, 1, height).view(1, 1, -1, 1)
+    columns = torch.linspace(0, 1, width).view(1, 1, 1, -1)
+    waves = torch.rand(batch, channels, 1, 1, generator=generator) * 12
+    offset = torch.randn(batch, channels, 1, 1, generator=generator) * 0.5
+    return (noise * 0.7 + torch.sin(waves * rows + 3 * waves * columns) + offset).contiguous()

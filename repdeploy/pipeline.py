@@ -1,0 +1,276 @@
+"""The verbs of the tool, for Python and the command line alike: flag names are keywords, answers are frozen records.
+
+Tensor libraries are imported by the verb that needs them, behind whatever can start without them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from repdeploy.digest import Digest
+from repdeploy.errors import UsageError
+from repdeploy.progress import Progress, silent
+from repdeploy.records import Bench, Conversion, Dtype, Export, FamilyInfo, Gates, Inspection, Tool, Verification
+
+if TYPE_CHECKING:
+    from repdeploy.bundle import Bundle
+    from repdeploy.checkpoint import Checkpoint
+
+PathLike = str | Path
+Shape = str | Sequence[int]
+
+
+def inspect(
+    checkpoint: PathLike, *, family: str | None = None, weights: str = "model", arch: str | None = None, set: Iterable[str] = ()
+) -> Inspection:
+    """What a checkpoint holds, read without executing anything in it. Raises InputError, UsageError."""
+    hashing = Digest(Path(checkpoint))
+    from repdeploy import fusion, registry
+
+    return fusion.describe(_load(checkpoint, family, weights), hashing, registry.families(), family, arch, tuple(set))
+
+
+def convert(
+    checkpoint: PathLike,
+    *,
+    family: str | None = None,
+    output: PathLike | None = None,
+    weights: str = "model",
+    arch: str | None = None,
+    set: Iterable[str] = (),
+    input_shape: Shape | None = None,
+    expect: PathLike | None = None,
+    gates: Gates = "all",
+    dtype: Dtype = "float32",
+    dry_run: bool = False,
+    force: bool = False,
+    keep_failed: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Conversion:
+    """Fuse a training checkpoint, prove the result, write a bundle.
+
+    Raises UsageError, InputError and VerificationFailed (repdeploy.errors), each with its hint and exit status.
+    """
+    hashing = Digest(Path(checkpoint))
+    from repdeploy import fusion, registry
+    from repdeploy.bundle import SUFFIX
+
+    loaded = _load(checkpoint, family, weights)
+    settings = tuple(set)
+    command = _command(
+        "convert",
+        loaded.path.name,
+        family=family,
+        weights=None if weights == "model" else weights,
+        arch=arch,
+        set=settings,
+        input_shape=_joined(input_shape),
+        gates=None if gates == "all" else gates,
+        dtype=None if dtype == "float32" else dtype,
+        seed=seed or None,
+    )
+    request = fusion.Request(
+        family=family,
+        arch=arch,
+        settings=settings,
+        input_shape=parse_shape(input_shape),
+        expect=Path(expect) if expect is not None else None,
+        gates=gates,
+        dtype=dtype,
+        dry_run=dry_run,
+        force=force,
+        keep_failed=keep_failed,
+        seed=seed,
+        command=command,
+    )
+    target = Path(output) if output is not None else Path(f"{stem(loaded.path)}{SUFFIX}")
+    return fusion.convert(loaded, hashing, registry.families(), target, request, progress)
+
+
+def verify(
+    bundle: PathLike | None = None,
+    other: PathLike | None = None,
+    *,
+    against: PathLike | None = None,
+    input_shape: Shape | None = None,
+    seed: int = 1,
+    progress: Progress = silent,
+) -> Verification:
+    """Replay a bundle's references against every artifact in it; with `against`, run the gates anew on other images; with
+    `other`, compare two artifacts. Raises UsageError, InputError; a check that fails is in the answer."""
+    from repdeploy import registry, verification
+
+    shape, families = parse_shape(input_shape), registry.families()
+    if other is not None:
+        if bundle is None:
+            raise UsageError("verify A B compares two artifacts; only one was given")
+        return verification.compare(Path(bundle), Path(other), families, shape, seed)
+    opened = _open(bundle)
+    if against is None:
+        return verification.replay(opened, families, progress)
+    checkpoint = _load(against, None, opened.manifest.source.weights)
+    return verification.again(opened, checkpoint, families, shape, seed, progress)
+
+
+def export(
+    bundle: PathLike | None = None,
+    *,
+    trt: bool = False,
+    input_shape: Shape | None = None,
+    output: PathLike | None = None,
+    dynamic: Literal["batch", "none"] = "batch",
+    progress: Progress = silent,
+) -> Export:
+    """Write the artifacts of a bundle, ONNX by default, and prove each against the float64 reference.
+
+    Without TensorRT or a GPU `trt` writes the ONNX and a build script, and the answer says what is missing.
+    Raises UsageError, InputError, VerificationFailed, BackendFailed.
+    """
+    from repdeploy import registry
+    from repdeploy.exporters import stage
+    from repdeploy.rebuild import require_network
+
+    opened = _open(bundle)
+    require_network(opened)
+    command = _command(
+        "export", trt=trt or None, input_shape=_joined(input_shape), dynamic=None if dynamic == "batch" else dynamic
+    )
+    return stage.export(
+        opened,
+        registry.families(),
+        parse_shape(input_shape) or opened.manifest.input_shape,
+        trt=trt,
+        output=Path(output) if output is not None else None,
+        dynamic=dynamic,
+        command=command,
+        progress=progress,
+    )
+
+
+def bench(
+    subject: PathLike | None = None,
+    *,
+    device: str = "cpu",
+    batch: Sequence[int] = (1, 8),
+    input_shape: Shape | None = None,
+    threads: int | None = None,
+    seconds: float = 4.0,
+    runtime: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Bench:
+    """Measure training-time against deploy network per runtime and batch size (a bundle), or one ONNX file.
+
+    Raises UsageError, BackendMissing when nothing on that device can run, BackendFailed when a named runtime crashes.
+    """
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: expected cpu or cuda")
+    if not batch or min(batch) < 1 or seconds <= 0 or (threads is not None and threads < 1):
+        raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
+    shape = parse_shape(input_shape)
+    from repdeploy import benchmark, registry
+    from repdeploy.bundle import Bundle
+    from repdeploy.rebuild import check_image, require_network
+    from repdeploy.verification import image_of_file
+
+    path = Path(subject) if subject is not None else newest_bundle()
+    opened = None if path.is_file() else Bundle(path)
+    if opened is None:
+        image = image_of_file(path, shape)
+    else:
+        require_network(opened)
+        image = check_image(opened, registry.families(), shape or opened.manifest.input_shape)
+    result = benchmark.bench(
+        path,
+        image,
+        device=device,
+        batches=tuple(dict.fromkeys(batch)),
+        threads=threads or os.cpu_count() or 1,
+        seconds=seconds,
+        only=tuple(runtime),
+        progress=progress,
+    )
+    if opened is not None:
+        benchmark.merge(opened, result)
+    return result
+
+
+def families() -> tuple[FamilyInfo, ...]:
+    """The installed families, a broken plugin with its error."""
+    from repdeploy import registry
+
+    return registry.describe()
+
+
+def doctor() -> tuple[Tool, ...]:
+    """What is installed, what is missing and how to get it."""
+    from repdeploy.environment import examine
+
+    return examine()
+
+
+def parse_shape(shape: Shape | None) -> tuple[int, ...] | None:
+    """`1x3x224x224` or a sequence -> (batch, channels, height, width). Raises UsageError."""
+    if shape is None:
+        return None
+    try:
+        parsed = tuple(int(part) for part in shape.lower().split("x")) if isinstance(shape, str) else tuple(map(int, shape))
+    except ValueError:
+        parsed = ()
+    if len(parsed) != 4 or min(parsed) < 1:
+        raise UsageError(f"--input-shape {shape}: expected BATCHxCHANNELSxHEIGHTxWIDTH", hint="for example 1x3x224x224")
+    return parsed
+
+
+def stem(path: Path) -> str:
+    """The checkpoint's name without its extensions: best.pth.tar -> best."""
+    name = path.name
+    for suffix in (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".hdf5", ".h5"):
+        name = name.removesuffix(suffix)
+    return name or path.name
+
+
+def newest_bundle() -> Path:
+    """The bundle that commands without a path take. Raises UsageError when there is none."""
+    from repdeploy.bundle import newest
+
+    return newest(Path())
+
+
+def _open(bundle: PathLike | None) -> Bundle:
+    from repdeploy.bundle import Bundle
+
+    return Bundle(Path(bundle) if bundle is not None else newest_bundle())
+
+
+def _load(path: PathLike, family: str | None, weights: str) -> Checkpoint:
+    from repdeploy import registry
+    from repdeploy.checkpoint import load
+
+    if family is not None:
+        registry.require(family)
+    if weights not in ("model", "ema"):
+        raise UsageError(f"--weights {weights}: expected model or ema")
+    return load(Path(path), weights)
+
+
+def _joined(shape: Shape | None) -> str | None:
+    parsed = parse_shape(shape)
+    return "x".join(map(str, parsed)) if parsed else None
+
+
+def _command(verb: str, *arguments: str, **options: object) -> str:
+    """The command line that does the same again."""
+    words = ["repdeploy", verb, *arguments]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is True:
+                words.append(flag)
+            elif item is not None:
+                words += [flag, str(item)]
+    return shlex.join(words)

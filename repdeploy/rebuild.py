@@ -1,0 +1,117 @@
+"""Networks rebuilt from tensors and recorded facts alone: the deploy network of a bundle, and its training-time twin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from repdeploy.bundle import Bundle
+from repdeploy.checkpoint import StoredTensor
+from repdeploy.errors import InputError
+from repdeploy.facts import GEOMETRY, FactKind, Facts, settings_of
+from repdeploy.family import Family
+from repdeploy.network import Network, build
+from repdeploy.recognise import Table, recognise
+from repdeploy.records import Fact, TensorShape
+
+Image = tuple[int, int, int]
+"""(channels, height, width)"""
+
+
+def fact_kinds(families: Iterable[Family]) -> list[FactKind]:
+    return [*GEOMETRY, *(kind for family in families for kind in family.facts)]
+
+
+def reader(tensors: Table) -> Callable[[str], Tensor]:
+    """Read tensors in float64. Raises InputError for NaN and Inf, by name."""
+
+    def read(key: str) -> Tensor:
+        values = tensors[key].read()
+        # a sum in float64 is finite exactly when its terms are: float32 cannot overflow it
+        if not math.isfinite(float(values.sum(dtype=torch.float64))):
+            raise not_finite(key, values)
+        return values.double()
+
+    return read
+
+
+def not_finite(key: str, values: Tensor) -> InputError:
+    nans, infinities = int(values.isnan().sum()), int(values.isinf().sum())
+    what = " and ".join(f"{count} {name}" for count, name in ((nans, "NaN"), (infinities, "Inf")) if count)
+    return InputError(
+        f"{key} holds {what or 'numbers whose sum overflows'} among its {values.numel()} values; expected finite weights",
+        hint="the training diverged or the file is damaged: convert an earlier checkpoint",
+    )
+
+
+def rebuilt(
+    tensors: Table,
+    families: Sequence[Family],
+    facts: Iterable[Fact],
+    image: Image,
+    *,
+    squeezed: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Network:
+    """The network that these tensors are, described with the facts a bundle recorded.
+
+    Raises IllegalInput where it cannot take the image, InputError where it is no known network.
+    """
+    known = Facts(settings_of(facts, fact_kinds(families)))
+    recognition = recognise(tensors, families, known, input_shape=image)
+    if recognition.plan is None:
+        raise InputError("the weights are no network that is known here", hint="convert the checkpoint again")
+    return build(recognition.plan, tensors, reader(tensors), known, squeezed=squeezed, dtype=dtype)
+
+
+def require_network(bundle: Bundle) -> None:
+    """Raises InputError where the bundle holds blocks of an unknown network."""
+    if bundle.manifest.skeleton is None:
+        raise InputError(
+            f"{bundle.path} holds {bundle.manifest.architecture}: its blocks are fused and proved, but nothing tells how "
+            "they are connected",
+            hint="load weights.safetensors into your own deploy model and export that",
+        )
+
+
+def check_image(bundle: Bundle, families: Sequence[Family], shape: tuple[int, ...]) -> Image:
+    """The image part of an input shape. Raises InputError or IllegalInput where the bundle's network cannot take it."""
+    _, channels, height, width = shape
+    known = Facts(settings_of(bundle.manifest.facts, fact_kinds(families)))
+    recognise(bundle.tensors(), families, known, input_shape=(channels, height, width))
+    return channels, height, width
+
+
+def deploy_network(bundle: Bundle, families: Sequence[Family], image: Image, dtype: torch.dtype = torch.float32) -> Network:
+    """The fused network of a bundle. Raises InputError or IllegalInput."""
+    require_network(bundle)
+    return rebuilt(bundle.tensors(), families, bundle.manifest.facts, image, squeezed=True, dtype=dtype)
+
+
+def training_twin(bundle: Bundle, families: Sequence[Family], image: Image) -> Network:
+    """The training-time network with harmless weights: latency needs the branches, not their values."""
+    require_network(bundle)
+    tensors = synthetic(bundle.manifest.training)
+    return rebuilt(tensors, families, bundle.manifest.facts, image, squeezed=False)
+
+
+def synthetic(structure: Mapping[str, TensorShape]) -> dict[str, StoredTensor]:
+    """Tensors that keep activations of order one: neither denormals nor infinities distort a CPU's timing."""
+    return {key: _synthetic(key, item, seed) for seed, (key, item) in enumerate(structure.items())}
+
+
+def _synthetic(key: str, item: TensorShape, seed: int) -> StoredTensor:
+    dtype: torch.dtype = getattr(torch, item.dtype)
+
+    def read() -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if len(item.shape) > 1:
+            spread = 1 / math.sqrt(max(math.prod(item.shape[1:]), 1))
+            return (torch.randn(item.shape, generator=generator) * spread).to(dtype)
+        scales = key.endswith(("running_var", ".weight", "gamma")) or key == "weight"
+        return torch.ones(item.shape).to(dtype) if scales else torch.zeros(item.shape).to(dtype)
+
+    return StoredTensor(item.shape, dtype, read)

@@ -1,0 +1,447 @@
+"""Which family and which network a table of tensors is, found out from names and shapes alone.
+
+A skeleton is recognised when its run on shapes succeeds and consumes every tensor. Where no skeleton fits, the blocks
+whose anchors are unmistakable are still found, one by one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from repdeploy.algebra import Geometry, Linear
+from repdeploy.checkpoint import StoredTensor
+from repdeploy.errors import CannotSqueeze, IllegalInput, InputError, NotRecognised, UsageError
+from repdeploy.facts import Facts, Setting
+from repdeploy.family import Architecture, Block, BlockKind, Family
+from repdeploy.keys import Keys, inside, join
+from repdeploy.records import Match, NoMatch, Origin
+from repdeploy.skeletons import Skeleton
+
+Table = Mapping[str, StoredTensor]
+Shape = tuple[int, int, int]
+"""(channels, height, width)"""
+
+COUNTER = "num_batches_tracked"
+"""Batch norm's own counter: no number of the network."""
+SIDES = (9, 17, 33, 65, 97, 129, 161, 193, 225, 257, 321, 385)
+LAST_MAP = 3
+"""Gates want a last map of at least this height and width, so that it has an interior."""
+
+PLAIN = BlockKind("weight", "", lambda block: block.conv("", padding=block.shape("weight")[2] // 2))
+"""A convolution that is already one, with or without a bias: squeeze-excite, for example."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One place of a network and the block found there. `form`: a training-time block, its fused form, or a plain layer."""
+
+    name: str
+    family: str
+    kind: BlockKind
+    form: str
+    in_channels: int | None
+    stride: int
+    origin: Origin
+    consumed: tuple[str, ...]
+    formula: str
+    squeezed: Geometry
+
+    @property
+    def deploy_keys(self) -> tuple[str, str]:
+        where = join(self.name, self.kind.deploys_as)
+        return join(where, "weight"), join(where, "bias")
+
+    def describe(self, read: Callable[[str], Tensor], facts: Facts, keys: Keys) -> Linear:
+        """The block over real tensors; `read` gives them in the wanted dtype."""
+        return self.kind.describe(
+            Block(self.name, self.kind, keys, read, facts, in_channels=self.in_channels, stride=self.stride, origin=self.origin)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recognised network: its skeleton, what stands at each slot, and which inputs were found legal."""
+
+    skeleton: Skeleton
+    slots: Mapping[str, Slot]
+    linears: tuple[str, ...]
+    dropped: Mapping[str, str]
+    keys: Keys
+    channels: int
+    gate_shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """`plan` is None where only blocks are known; `slots`: every block that will be fused or was fused already."""
+
+    matches: tuple[Match | NoMatch, ...]
+    skeletons: tuple[Match | NoMatch, ...]
+    plan: Plan | None
+    slots: tuple[Slot, ...]
+    family: str
+    families: tuple[str, ...]
+    architecture: str
+    notes: tuple[str, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def already_deployed(self) -> bool:
+        return bool(self.slots) and all(slot.form == "deployed" for slot in self.slots)
+
+
+def keys_of(tensors: Table) -> Keys:
+    return Keys({key: tensor.shape for key, tensor in tensors.items()})
+
+
+def recognise(
+    tensors: Table,
+    families: Sequence[Family],
+    facts: Facts,
+    *,
+    family: str | None = None,
+    input_shape: Shape | None = None,
+    stored_name: str | None = None,
+    arch: str | None = None,
+) -> Recognition:
+    """Find blocks, then the network around them. `family` and `arch` are what the user said; shapes decide.
+
+    Raises NotRecognised when no block is found, InputError for a contradiction, IllegalInput for `input_shape`.
+    """
+    found = {item.name: _matches(item, tensors) for item in families}
+    matched = [item for item in families if isinstance(found[item.name], Match)]
+    if family is not None:
+        reason = found[family]
+        if isinstance(reason, NoMatch):
+            others = ", ".join(item.name for item in matched)
+            raise NotRecognised(
+                f"these are no {family} weights: {reason.reason}",
+                hint=f"blocks of {others} are in this file: leave --family out, or name it"
+                if others
+                else f"its keys look like {_examples(tensors)}",
+            )
+        matched = [item for item in matched if item.name == family]
+    if not matched:
+        raise NotRecognised(
+            "no block of an installed family is in this file: "
+            + "; ".join(f"{item.family}: {item.reason}" for item in found.values() if isinstance(item, NoMatch)),
+            hint=f"its keys look like {_examples(tensors)}; `repdeploy families` lists what is known",
+        )
+    kinds = [(item, kind) for item in matched for kind in item.kinds]
+    plan: Plan | None = None
+    tried: list[Match | NoMatch] = []
+    for skeleton in dict.fromkeys(skeleton for item in matched for skeleton in item.skeletons):
+        outcome = _fit(skeleton, tensors, kinds, facts, input_shape)
+        if isinstance(outcome, Plan):
+            plan = outcome
+            tried.append(Match(skeleton.name, sum(slot.form != "plain" for slot in plan.slots.values())))
+            break
+        tried.append(outcome)
+    if plan is not None:
+        slots = tuple(slot for slot in plan.slots.values() if slot.form != "plain")
+    else:
+        slots = tuple(_block_by_block(tensors, kinds, facts))
+        if input_shape is not None and not _is_single_block(slots):
+            raise NotRecognised(
+                "the network around these blocks is not known, so --input-shape has no use: "
+                + "; ".join(item.reason for item in tried if isinstance(item, NoMatch)),
+                hint="leave --input-shape out: the blocks are fused and proved one by one",
+            )
+    owners = tuple(dict.fromkeys(slot.family for slot in slots))
+    name, notes = _architecture(slots, matched, stored_name, arch, plan)
+    return Recognition(
+        matches=tuple(found.values()),
+        skeletons=tuple(tried),
+        plan=plan,
+        slots=slots,
+        family=owners[0],
+        families=owners,
+        architecture=name,
+        notes=notes,
+        dropped=plan.dropped if plan else {},
+    )
+
+
+def arch_settings(name: str | None, families: Iterable[Family]) -> tuple[str | None, tuple[Setting, ...]]:
+    """The official name that `--arch` means and the facts it settles. Raises UsageError for a name nobody knows."""
+    if name is None:
+        return None, ()
+    table = {_plain_name(item): (item, known) for family in families for item, known in family.architectures.items()}
+    if _plain_name(name) not in table:
+        known = ", ".join(item for item, _ in table.values())
+        raise UsageError(f"no architecture is called {name!r}", hint=f"known: {known}")
+    official, architecture = table[_plain_name(name)]
+    return official, tuple(Setting("", fact, value, "arch") for fact, value in architecture.facts.items())
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _examples(tensors: Table) -> str:
+    return ", ".join(list(tensors)[:3])
+
+
+def _matches(family: Family, tensors: Table) -> Match | NoMatch:
+    training = sum(len(_prefixes(tensors, kind.anchor)) for kind in family.kinds)
+    fused = sum(
+        len(_prefixes(tensors, f"{name}.weight")) for name in dict.fromkeys(kind.deploys_as for kind in family.kinds) if name
+    )
+    if training or fused:
+        return Match(family.name, training, fused)
+    anchors = " or ".join(repr(kind.anchor) for kind in family.kinds)
+    return NoMatch(family.name, f"no key ends in {anchors}")
+
+
+def _prefixes(tensors: Table, anchor: str) -> list[str]:
+    """The names in front of every key that ends in the anchor."""
+    return [key.removesuffix(anchor).removesuffix(".") for key in tensors if key == anchor or key.endswith(f".{anchor}")]
+
+
+def _outermost(names: Iterable[str]) -> list[str]:
+    found = list(dict.fromkeys(names))
+    return [name for name in found if not any(other != name and inside(name, other) for other in found)]
+
+
+def _deployed(kind: BlockKind) -> BlockKind:
+    """The fused form of a block, as the official deploy model keeps it."""
+
+    def describe(block: Block) -> Linear:
+        kernel = block.shape(anchor)[2]
+        dilation = block.dilation
+        return block.conv(kind.deploys_as, padding=block.padding(dilation * (kernel // 2)), dilation=dilation)
+
+    anchor = join(kind.deploys_as, "weight")
+    return BlockKind(anchor, kind.deploys_as, describe)
+
+
+def _slot_at(
+    name: str,
+    kinds: Sequence[tuple[Family, BlockKind]],
+    tensors: Table,
+    keys: Keys,
+    facts: Facts,
+    in_channels: int | None,
+    stride: int,
+    origin: Origin,
+) -> Slot | None:
+    """The block under a name, described on shapes alone; None where nothing known stands there."""
+    choices = [(family.name, kind, "training") for family, kind in kinds]
+    choices += [(family.name, _deployed(kind), "deployed") for family, kind in kinds if kind.deploys_as]
+    choices.append(("", PLAIN, "plain"))
+    for owner, kind, form in choices:
+        if join(name, kind.anchor) not in tensors:
+            continue
+        block = Block(
+            name,
+            kind,
+            keys,
+            lambda key: _ghost(tensors[key].shape),
+            facts,
+            in_channels=in_channels,
+            stride=stride,
+            origin=origin,
+        )
+        try:
+            expression = kind.describe(block)
+            squeezed = expression.geometry
+        except CannotSqueeze as reason:
+            raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
+        except ValueError as reason:
+            raise InputError(
+                f"the tensors of block {name or '(the whole file)'} contradict each other: {reason}",
+                hint="the file mixes two networks, or a fact given with --set is wrong",
+            ) from reason
+        return Slot(name, owner, kind, form, in_channels, stride, origin, tuple(block.consumed), repr(expression), squeezed)
+    return None
+
+
+def _ghost(shape: tuple[int, ...]) -> Tensor:
+    """A tensor of any shape that takes no memory: one number, repeated."""
+    return torch.ones(1, dtype=torch.float64).expand(shape)
+
+
+class _Planner:
+    """A net that runs on shapes only and notes what it meets.
+
+    Its images are real tensors of batch 0: every operation of a skeleton knows their shape and computes nothing. (The meta
+    device would do, but its first multiplication imports a symbolic algebra system, which takes longer than a conversion.)
+    """
+
+    def __init__(self, skeleton: Skeleton, tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts) -> None:
+        self.skeleton, self.tensors, self.kinds, self.facts = skeleton, tensors, kinds, facts
+        self.slots: dict[str, Slot] = {}
+        self.linears: dict[str, None] = {}
+        self.dropped: dict[str, str] = {}
+        self.keys = keys_of(tensors)
+        self.last_map: tuple[int, int] = (0, 0)
+
+    def at(self, name: str, x: Tensor, *, stride: int = 1) -> Tensor:
+        slot = self.slots.get(name)
+        if slot is None:
+            slot = _slot_at(name, self.kinds, self.tensors, self.keys, self.facts, x.shape[1], stride, "skeleton")
+            if slot is None:
+                there = [key for key in self.tensors if inside(key, name)][:2]
+                raise NotRecognised(f"nothing known stands at {name} ({', '.join(there) or 'no key'})")
+            self.slots[name] = slot
+        if slot.squeezed.in_channels != x.shape[1]:
+            raise NotRecognised(f"{name} takes {slot.squeezed.in_channels} channels, the layer before it gives {x.shape[1]}")
+        return x.new_empty(0, slot.squeezed.out_channels, *slot.squeezed.output_size(*x.shape[2:]))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        shape = self.tensors[f"{name}.weight"].shape if f"{name}.weight" in self.tensors else ()
+        if len(shape) != 2:
+            raise NotRecognised(f"{name} is no fully connected layer")
+        if x.shape[1] != shape[1]:
+            raise IllegalInput(f"{name} takes {shape[1]} numbers, the layer before it gives {x.shape[1]}")
+        self.linears[name] = None
+        return x.new_empty(0, shape[0])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.keys
+
+    def children(self, name: str) -> tuple[str, ...]:
+        return self.keys.children(name)
+
+    def drop(self, name: str, reason: str) -> None:
+        if name in self.keys:
+            self.dropped[name] = reason
+
+    def pooled(self, x: Tensor) -> Tensor:
+        self.last_map = (x.shape[2], x.shape[3])
+        return x
+
+    def trial(self, shape: Shape) -> Tensor:
+        """Run on one image of that shape. Raises IllegalInput where the network cannot take it."""
+        self.last_map = (0, 0)
+        try:
+            result = self.skeleton.forward(self, torch.empty(0, *shape))
+        except RuntimeError as reason:  # a pooling window that does not fit the map it gets
+            raise IllegalInput(f"an image of {'x'.join(map(str, shape))} is too small: {reason}".splitlines()[0]) from reason
+        return result
+
+    def left_over(self) -> list[str]:
+        used = {key for slot in self.slots.values() for key in slot.consumed}
+        used |= {f"{name}.{part}" for name in self.linears for part in ("weight", "bias")}
+        return [
+            key
+            for key in self.tensors
+            if key not in used and key.rpartition(".")[2] != COUNTER and not any(inside(key, name) for name in self.dropped)
+        ]
+
+
+def _fit(
+    skeleton: Skeleton, tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts, input_shape: Shape | None
+) -> Plan | NoMatch:
+    planner = _Planner(skeleton, tensors, kinds, facts)
+    try:
+        channels = _input_channels(skeleton, planner)
+        if input_shape is None:
+            shape = _smallest_shape(planner, channels)
+        elif input_shape[0] != channels:
+            raise IllegalInput(
+                f"the network takes {channels} channels, --input-shape gives {input_shape[0]}",
+                hint=f"for example --input-shape 1x{channels}x{skeleton.side}x{skeleton.side}",
+            )
+        else:
+            planner.trial(input_shape)
+            shape = input_shape
+    except NotRecognised as reason:
+        return NoMatch(skeleton.name, str(reason))
+    left = planner.left_over()
+    if left:
+        return NoMatch(skeleton.name, f"{len(left)} tensors have no place in it: {', '.join(left[:3])}")
+    return Plan(skeleton, planner.slots, tuple(planner.linears), planner.dropped, planner.keys, channels, shape)
+
+
+def _input_channels(skeleton: Skeleton, planner: _Planner) -> int:
+    """The stem has one group, so its kernel's second dimension is the image's channels."""
+    for name in skeleton.stems:
+        if name in planner:
+            unrecorded = Facts(planner.facts.settings, planner.facts.attributes)
+            slot = _slot_at(name, planner.kinds, planner.tensors, planner.keys, unrecorded, None, 1, "skeleton")
+            if slot is not None:
+                return slot.squeezed.in_channels
+    raise NotRecognised(f"no stem: nothing known stands at {' or '.join(skeleton.stems)}")
+
+
+def _smallest_shape(planner: _Planner, channels: int) -> Shape:
+    """The smallest odd, preferably not square image whose last map is at least 3x3, else the smallest legal one."""
+
+    def legal(side: int, interior: bool) -> Shape | None:
+        for height in (side + 2, side):
+            try:
+                planner.trial((channels, height, side))
+            except IllegalInput as reason:
+                reasons.append(reason)
+                continue
+            if not interior or min(planner.last_map) >= LAST_MAP:
+                return channels, height, side
+        return None
+
+    reasons: list[IllegalInput] = []
+    for interior in (True, False):
+        for before, side in zip((3, *SIDES), SIDES, strict=False):
+            if legal(side, interior):
+                nearer = (legal(near, interior) for near in range(before + 2, side + 2, 2))
+                return next(shape for shape in nearer if shape)
+        for side in range(25, 65):  # networks for one small data set, whose fully connected layers fix the map
+            if shape := legal(side, interior):
+                return shape
+    raise NotRecognised(str(reasons[-1]))
+
+
+def _block_by_block(tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts) -> Iterable[Slot]:
+    anchors = [kind.anchor for _, kind in kinds] + [f"{kind.deploys_as}.weight" for _, kind in kinds if kind.deploys_as]
+    keys = keys_of(tensors)
+    for name in _outermost(name for anchor in anchors for name in _prefixes(tensors, anchor)):
+        slot = _slot_at(name, kinds, tensors, keys, facts, None, 1, "default")
+        if slot is not None:
+            yield slot
+
+
+def _is_single_block(slots: Sequence[Slot]) -> bool:
+    return len(slots) == 1 and slots[0].name == ""
+
+
+def _architecture(
+    slots: Sequence[Slot], families: Sequence[Family], stored: str | None, arch: str | None, plan: Plan | None
+) -> tuple[str, tuple[str, ...]]:
+    """The official name whose depths and widths these are, else the depths and widths; shapes beat a stored name."""
+    if plan is None:
+        if arch is not None:
+            raise InputError(f"--arch {arch} names a network, but only single blocks were recognised in this file")
+        return f"{len(slots)} block{'s' if len(slots) != 1 else ''} of an unknown network", ()
+    stages: dict[str, list[Slot]] = {}
+    for slot in slots:
+        parent, _, number = slot.name.rpartition(".")
+        stages.setdefault(parent if number.isdigit() else slot.name, []).append(slot)
+    seen = Architecture(
+        tuple(len(stage) for stage in stages.values()),
+        tuple(stage[-1].squeezed.out_channels for stage in stages.values()),
+        max(slot.squeezed.groups for slot in slots),
+    )
+    own = f"blocks {_listed(seen.depths)}, widths {_listed(seen.widths)}" + (
+        f", groups {seen.groups}" if seen.groups > 1 else ""
+    )
+    table = {name: item for family in families for name, item in family.architectures.items()}
+    if arch is not None and (wanted := table[arch]) and replace(wanted, facts={}) != seen:
+        raise InputError(
+            f"this is not {arch}: it has {own}; {arch} has blocks {_listed(wanted.depths)}, widths {_listed(wanted.widths)}"
+            + (f", groups {wanted.groups}" if wanted.groups > 1 else ""),
+            hint="leave --arch out: the architecture is read from the shapes",
+        )
+    name = next((name for name, item in table.items() if replace(item, facts={}) == seen), None)
+    notes: tuple[str, ...] = ()
+    if stored is not None and _plain_name(stored) != _plain_name(name or ""):
+        notes = (f"the file calls itself {stored}; its shapes are {name or own}, and shapes win",)
+    return name or f"{plan.skeleton.name} ({own})", notes
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))

@@ -1,0 +1,403 @@
+"""What the stages hand each other and what the command line prints: frozen values, no tensors, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MANIFEST_SCHEMA = "repdeploy.manifest/1"
+BENCH_SCHEMA = "repdeploy.bench/1"
+
+Origin = Literal["set", "arch", "file", "skeleton", "default"]
+"""Where a fact comes from: --set, --arch, the file beside its tensors, the network's convention, or nothing at all."""
+ASSUMED: tuple[Origin, ...] = ("skeleton", "default")
+"""Origins that nobody stated: the verdict lists such facts unless it is anchored."""
+
+
+Dtype = Literal["float32", "float64"]
+Gates = Literal["all", "blocks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """Something a checkpoint's tensors do not tell, the blocks it was used for, and where it comes from."""
+
+    name: str
+    value: str
+    origin: Origin
+    scopes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A family found blocks of its own."""
+
+    family: str
+    blocks: int
+    deployed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NoMatch:
+    """A family, or a skeleton, does not describe these tensors, and why."""
+
+    family: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """One block: what it was made of, what it became, and the proof. `residual`: gate 1, None where nothing was fused."""
+
+    name: str
+    family: str
+    formula: str
+    kernel: tuple[int, ...]
+    groups: int
+    parameters_before: int
+    parameters_after: int
+    source_keys: tuple[str, ...]
+    deploy_keys: tuple[str, ...]
+    residual: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison of a gate. `error` and `budget` in the unit that `measure` names."""
+
+    gate: str
+    subject: str
+    error: float
+    budget: float
+    measure: str = "max|a-b| / max|reference|"
+    detail: str = ""
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.error <= self.budget
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The outcome of the gates. `grade`: "anchored" to outputs the user recorded, "self-consistent", or "blocks only"."""
+
+    passed: bool
+    grade: Literal["anchored", "self-consistent", "blocks only"]
+    checks: tuple[Check, ...]
+    assumed: tuple[Fact, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The checkpoint a bundle was made from."""
+
+    file: str
+    sha256: str
+    bytes: int
+    container: str
+    weights: str
+    where: str
+    prefix: str
+    has_ema: bool
+    others: tuple[tuple[str, int], ...] = ()
+    architecture: str | None = None
+    inert: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file of a bundle, how it was made and what was proved about it. `input_shape` (batch, channels, height, width)."""
+
+    file: str
+    kind: str
+    precision: str
+    sha256: str
+    bytes: int
+    made_from: str
+    command: str
+    input_shape: tuple[int, ...] = ()
+    opset: int | None = None
+    dynamic: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TensorShape:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a bundle says about itself; `training` is the structure from which `bench` rebuilds the twin."""
+
+    source: Source
+    family: str
+    families: tuple[str, ...]
+    architecture: str
+    skeleton: str | None
+    input_shape: tuple[int, ...]
+    gate_shape: tuple[int, ...]
+    facts: tuple[Fact, ...]
+    blocks: tuple[BlockReport, ...]
+    copied: tuple[str, ...]
+    dropped: tuple[tuple[str, str], ...]
+    parameters_before: int
+    parameters_after: int
+    verdict: Verdict
+    training: Mapping[str, TensorShape]
+    weights_sha256: str
+    references_sha256: str | None
+    command: str
+    tools: Mapping[str, str]
+    artifacts: tuple[Artifact, ...] = ()
+    notes: tuple[str, ...] = ()
+    schema: str = MANIFEST_SCHEMA
+
+    def artifact(self, file: str) -> Artifact | None:
+        return next((item for item in self.artifacts if item.file == file), None)
+
+    def with_artifact(self, artifact: Artifact) -> Manifest:
+        others = tuple(item for item in self.artifacts if item.file != artifact.file)
+        return dataclasses.replace(self, artifacts=(*others, artifact))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert` did. `bundle` is None for a dry run and where there was nothing to fuse."""
+
+    bundle: Path | None
+    manifest: Manifest
+    already_deployed: bool = False
+    schema: str = "repdeploy.convert/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint holds, without converting it."""
+
+    source: Source
+    matches: tuple[Match | NoMatch, ...]
+    skeletons: tuple[Match | NoMatch, ...]
+    family: str | None
+    architecture: str | None
+    blocks: tuple[BlockReport, ...]
+    facts: tuple[Fact, ...]
+    parameters_before: int
+    parameters_after: int
+    already_deployed: bool
+    left_alone: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    schema: str = "repdeploy.inspect/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Every artifact of a bundle (or two artifacts) against the recorded float64 reference."""
+
+    subject: str
+    checks: tuple[Check, ...]
+    skipped: tuple[str, ...] = ()
+    schema: str = "repdeploy.verify/1"
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What `export` wrote into a bundle; `reused` names what was current already; `missing` what this machine lacks."""
+
+    bundle: Path
+    artifacts: tuple[Artifact, ...]
+    reused: tuple[str, ...] = ()
+    missing: str = ""
+    hint: str = ""
+    notes: tuple[str, ...] = ()
+    schema: str = "repdeploy.exporters/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A ratio of medians with its bootstrap interval (95 %)."""
+
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def differs(self) -> bool:
+        """A difference is called one only if the interval excludes 1 and the effect exceeds 1 %."""
+        return (self.low > 1 or self.high < 1) and abs(self.ratio - 1) > 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Every timed run of one network in one runtime, in seconds, and the conditions."""
+
+    network: Literal["training-time", "deploy", "file"]
+    runtime: str
+    device: str
+    precision: str
+    threads: int
+    batch: int
+    input_shape: tuple[int, ...]
+    seconds: tuple[float, ...]
+    warmup_runs: int
+    steady: bool
+
+    @property
+    def median(self) -> float:
+        ordered = sorted(self.seconds)
+        middle = len(ordered) // 2
+        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+    @property
+    def spread(self) -> float:
+        """The middle half of the runs, relative to the median."""
+        ordered = sorted(self.seconds)
+        quarter = len(ordered) // 4
+        return (ordered[-1 - quarter] - ordered[quarter]) / self.median
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch / self.median
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One runtime at one batch size: both networks and their ratio, or why there is none."""
+
+    runtime: str
+    device: str
+    batch: int
+    timings: tuple[Timing, ...] = ()
+    speedup: Interval | None = None
+    missing: str = ""
+    hint: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The benchmark of one bundle or file on one machine."""
+
+    subject: str
+    rows: tuple[BenchRow, ...]
+    environment: Mapping[str, str]
+    network: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    schema: str = BENCH_SCHEMA
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyInfo:
+    name: str
+    title: str
+    source: str
+    distribution: str
+    architectures: tuple[str, ...]
+    skeletons: tuple[str, ...]
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A library or device `doctor` looked for. `state`: "ready" or "missing"."""
+
+    name: str
+    purpose: str
+    state: str
+    version: str = ""
+    hint: str = ""
+
+
+def to_json(record: Any) -> str:
+    """A record as one JSON document. Paths become strings, infinities and NaN become strings that name them."""
+    return json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """A record as dicts, lists, strings and numbers; derived properties that readers ask for are written out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        derived = {name: plain(getattr(value, name)) for name in _DERIVED.get(type(value), ())}
+        return {**({"schema": fields.pop("schema")} if "schema" in fields else {}), **fields, **derived}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | frozenset | set):
+        return [plain(item) for item in (sorted(value) if isinstance(value, frozenset | set) else value)]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+_DERIVED: dict[type, tuple[str, ...]] = {
+    Check: ("passed",),
+    Timing: ("median", "spread", "images_per_second"),
+    Verification: ("passed",),
+    Interval: ("differs",),
+}
+
+
+def manifest_from_json(text: str) -> Manifest:
+    """Read a manifest back. Raises ValueError (or KeyError, TypeError) where the text is none."""
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("schema") != MANIFEST_SCHEMA:
+        raise ValueError(f"expected schema {MANIFEST_SCHEMA}")
+    verdict = content["verdict"]
+    return Manifest(**{
+        **content,
+        "source": Source(**{**content["source"], "others": tuple((w, n) for w, n in content["source"]["others"]),
+                            "inert": tuple(content["source"]["inert"])}),
+        "families": tuple(content["families"]),
+        "input_shape": tuple(content["input_shape"]),
+        "gate_shape": tuple(content["gate_shape"]),
+        "facts": _facts(content["facts"]),
+        "blocks": tuple(
+            BlockReport(**tupled(item)) for item in content["blocks"]
+        ),
+        "copied": tuple(content["copied"]),
+        "dropped": tuple((key, reason) for key, reason in content["dropped"]),
+        "verdict": Verdict(verdict["passed"], verdict["grade"], _checks(verdict["checks"]), _facts(verdict["assumed"]),
+                           tuple(verdict["warnings"])),
+        "training": {key: TensorShape(tuple(item["shape"]), item["dtype"]) for key, item in content["training"].items()},
+        "artifacts": tuple(
+            Artifact(**{**item, "input_shape": tuple(item["input_shape"]), "dynamic": tuple(item["dynamic"]),
+                        "checks": _checks(item["checks"])})
+            for item in content["artifacts"]
+        ),
+        "notes": tuple(content["notes"]),
+    })  # fmt: skip
+
+
+def tupled(item: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that records hold."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in item.items()}
+
+
+def _facts(items: list[dict[str, Any]]) -> tuple[Fact, ...]:
+    return tuple(Fact(item["name"], item["value"], item["origin"], tuple(item["scopes"])) for item in items)
+
+
+def _checks(items: list[dict[str, Any]]) -> tuple[Check, ...]:
+    kept = {item.name for item in dataclasses.fields(Check)}
+    return tuple(
+        Check(
+            **{**{k: v for k, v in item.items() if k in kept}, "error": float(item["error"]), "budget": float(item["budget"])}
+        )
+        for item in items
+    )

@@ -1,0 +1,61 @@
+"""What a runtime is, and what it is given to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from repdeploy.network import Network
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One network to run: as a module where there is one, as an ONNX file where there is one."""
+
+    image: tuple[int, int, int]
+    threads: int
+    module: Callable[[], Network] | None = None
+    onnx: Callable[[], Path] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """What a runtime lacks on this machine, and how to get it."""
+
+    what: str
+    hint: str
+
+
+class Session(Protocol):
+    """A network that is loaded and ready."""
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        """x (batch, channels, height, width) float32 -> the first output."""
+
+    def timer(self, x: np.ndarray) -> Callable[[], float]:
+        """A function that runs the network once on x and returns the seconds it took, device synchronised."""
+
+
+class Runtime(Protocol):
+    """`name` and `device` make up a row of the benchmark."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+    def missing(self) -> Missing | None:
+        """None when ready."""
+
+    def open(self, job: Job) -> AbstractContextManager[Session]:
+        """Load the network. Raises BackendFailed where the runtime does not take it."""

@@ -1,0 +1,74 @@
+"""onnxruntime on the CPU (MLAS kernels). Telemetry is off, threads are pinned."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from repdeploy.errors import BackendFailed
+from repdeploy.runtimes.interface import Job, Missing
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxRuntimeCpu:
+    name: str = "onnxruntime"
+    device: str = "cpu"
+    precision: str = "float32"
+
+    def missing(self) -> Missing | None:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Missing("onnxruntime is not installed", "pip install onnxruntime")
+        return None
+
+    @contextmanager
+    def open(self, job: Job) -> Iterator[OnnxSession]:
+        if job.onnx is None:
+            raise BackendFailed("onnxruntime needs an ONNX file")
+        yield OnnxSession(job.onnx(), job.threads)
+
+
+class OnnxSession:
+    """Raises BackendFailed where onnxruntime does not take the file or the image."""
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        onnxruntime.set_default_logger_severity(3)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as reason:  # its exceptions have no common base of their own
+            raise BackendFailed(f"onnxruntime does not load {path.name}: {_short(reason)}") from reason
+        self.input_name: str = self._session.get_inputs()[0].name
+
+    def run(self, x: np.ndarray) -> np.ndarray:
+        try:
+            result: np.ndarray = self._session.run(None, {self.input_name: x})[0]
+        except Exception as reason:
+            raise BackendFailed(f"onnxruntime failed on an image of {x.shape}: {_short(reason)}") from reason
+        return result
+
+    def timer(self, x: np.ndarray) -> Callable[[], float]:
+        feed = {self.input_name: x}
+
+        def once() -> float:
+            start = time.perf_counter()
+            self._session.run(None, feed)
+            return time.perf_counter() - start
+
+        return once
+
+
+def _short(reason: Exception) -> str:
+    return " ".join(str(reason).split())[:300]
