@@ -59,7 +59,16 @@ class Slot:
     def describe(self, read: Callable[[str], Tensor], facts: Facts, keys: Keys) -> Linear:
         """The block over real tensors; `read` gives them in the wanted dtype."""
         return self.kind.describe(
-            Block(self.name, self.kind, keys, read, facts, in_channels=self.in_channels, stride=self.stride, origin=self.origin)
+            Block(
+                self.name,
+                self.kind,
+                keys,
+                read,
+                _facts_for(self.form, facts),
+                in_channels=self.in_channels,
+                stride=self.stride,
+                origin=self.origin,
+            )
         )
 
 
@@ -242,7 +251,7 @@ def _slot_at(
             kind,
             keys,
             lambda key: _ghost(tensors[key].shape),
-            facts,
+            _facts_for(form, facts),
             in_channels=in_channels,
             stride=stride,
             origin=origin,
@@ -259,6 +268,11 @@ def _slot_at(
             ) from reason
         return Slot(name, owner, kind, form, in_channels, stride, origin, tuple(block.consumed), repr(expression), squeezed)
     return None
+
+
+def _facts_for(form: str, facts: Facts) -> Facts:
+    """A plain layer's geometry is its skeleton's: no fact is asked for, so none is recorded."""
+    return Facts() if form == "plain" else facts
 
 
 def _ghost(shape: tuple[int, ...]) -> Tensor:

@@ -80,3 +80,38 @@ class RepVGG(nn.Module):
             x = self.get_submodule(f"stage{stage}")(x)
         logits: Tensor = self.linear(torch.mean(x, (2, 3)))
         return logits
+
+
+class DeployRepVGG(nn.Module):
+    """The deploy form as the paper's repository builds it: one 3x3 convolution per block, named rbr_reparam."""
+
+    def __init__(self, trained: RepVGG) -> None:
+        super().__init__()
+        for name, block in trained.named_modules():
+            if isinstance(block, RepVGGBlock):
+                dense = block.rbr_dense[0]
+                assert isinstance(dense, nn.Conv2d)
+                fused = nn.Conv2d(dense.in_channels, dense.out_channels, 3, dense.stride[0], 1, groups=dense.groups)
+                parts: OrderedDict[str, nn.Module] = OrderedDict(rbr_reparam=fused)
+                if block.se is not None:
+                    parts["se"] = SqueezeExcite(dense.out_channels)
+                _place(self, name, nn.Sequential(parts))
+        self.linear = nn.Linear(trained.linear.in_features, trained.linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.get_submodule("stage0")(x))
+        for stage in range(1, 5):
+            for block in self.get_submodule(f"stage{stage}").children():
+                x = F.relu(block(x))
+        logits: Tensor = self.linear(x.mean((2, 3)))
+        return logits
+
+
+def _place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register a module under a dotted name, making the levels between."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if not hasattr(root, name):
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    root.add_module(last, module)

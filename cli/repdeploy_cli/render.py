@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     )  # fmt: skip
 
 ORIGINS = {
-    "set": "stated with --set",
-    "arch": "from --arch",
+    "set": "stated (--set)",
+    "arch": "stated (--arch)",
     "file": "stored in the file",
-    "skeleton": "assumed: the network's convention",
-    "default": "assumed: nothing tells it",
+    "skeleton": "assumed (convention)",
+    "default": "assumed (nothing tells it)",
 }
 MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the worst block; --json has them all."""
@@ -163,13 +163,17 @@ def show_verification(verification: Verification) -> int:
 def show_export(result: Export) -> int:
     if not _printed(result):
         console = stdout()
-        table = _table("artifact", "precision", "input", "opset", ">size", ">error", ">budget")
+        table = _table("artifact~", "input", ">opset", ">size", ">error", ">budget")
         for item in result.artifacts:
             worst = max(item.checks, key=lambda check: check.error, default=None)
             table.add_row(
-                item.file, item.precision, _input(item.input_shape, item.dynamic), str(item.opset or ""), _size(item.bytes),
-                f"{worst.error:.1e}" if worst else "", f"{worst.budget:g}" if worst else "",
-            )  # fmt: skip
+                item.file,
+                _input(item.input_shape, item.dynamic),
+                str(item.opset or ""),
+                _size(item.bytes),
+                _number(worst.error) if worst else "",
+                _number(worst.budget) if worst else "",
+            )
         console.print(table)
         batches = ", ".join(check.subject.rpartition("batch ")[2] for check in result.artifacts[0].checks)
         if batches:
@@ -191,35 +195,34 @@ def show_bench(result: Bench) -> None:
     console = stdout()
     first = next(timing for row in result.rows for timing in row.timings)
     image = "x".join(map(str, first.input_shape[1:]))
-    console.print(Text.assemble((result.subject, "bold"), f"  images {image}, {first.precision}, {first.threads} threads"))
+    console.print(
+        Text.assemble(
+            (result.subject, "bold"), f"  on {first.device}, images {image}, {first.precision}, {first.threads} threads"
+        )
+    )
     both = any(row.speedup for row in result.rows)
-    columns = ("runtime", "device", ">batch", ">training-time", ">deploy", ">speed-up", "95 % interval", ">images/s")
-    table = _table(*columns) if both else _table("runtime", "device", ">batch", ">latency", ">runs", ">images/s")
+    columns = (">training-time", ">deploy", ">speed-up", "95 % interval", ">images/s") if both else (">latency", ">images/s")
+    table = _table("runtime", ">batch", *columns)
     for row in result.rows:
         if not row.timings:
-            table.add_row(row.runtime, row.device, str(row.batch), Text(row.missing, "yellow"))
             continue
         last = row.timings[-1]
-        if row.speedup is None:
-            cells: list[Any] = [_time(last.median), str(len(last.seconds)), f"{last.images_per_second:,.1f}"]
-        else:
-            ratio = f"{row.speedup.ratio:.2f}x"
-            style = "green" if row.speedup.differs and row.speedup.ratio > 1 else "red" if row.speedup.differs else ""
-            interval = f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}" + ("" if row.speedup.differs else "  no difference")
-            cells = [
-                _time(row.timings[0].median),
-                _time(last.median),
-                Text(ratio, style),
-                interval,
-                f"{last.images_per_second:,.1f}",
-            ]
-        table.add_row(row.runtime, row.device, str(row.batch), *cells)
+        cells: list[str | Text] = [_time(last.median)]
+        if row.speedup is not None:
+            style = "" if not row.speedup.differs else "green" if row.speedup.ratio > 1 else "red"
+            cells = [_time(row.timings[0].median), *cells, Text(f"{row.speedup.ratio:.2f}x", style)]
+            cells.append(f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}")
+        table.add_row(row.runtime, str(row.batch), *cells, f"{last.images_per_second:,.0f}")
     console.print(table)
     runs = sorted({len(timing.seconds) for row in result.rows for timing in row.timings})
     console.print(
         f"medians of {runs[0]}{f' to {runs[-1]}' if runs[-1] > runs[0] else ''} interleaved runs per network, all kept"
     )
     for row in result.rows:
+        if row.speedup is not None and not row.speedup.differs:
+            console.print(
+                f"{row.runtime}, batch {row.batch}: no difference (the interval includes 1, or the effect is under 1 %)"
+            )
         for warning in row.warnings:
             console.print(Text(f"warning: {row.runtime}, batch {row.batch}, {warning}", "yellow"))
         if row.missing:
@@ -233,7 +236,7 @@ def show_bench(result: Bench) -> None:
 def show_families(found: tuple[FamilyInfo, ...]) -> None:
     if _printed(found, "repdeploy.families/1", "families"):
         return
-    table = _table("family", "block", "networks", "official variants", "from")
+    table = _table("family", "block~", "networks~", "official variants~", "from~")
     for item in found:
         if item.error:
             table.add_row(item.name, Text(f"does not load: {item.error}", "red"), "", "", item.distribution)
@@ -251,7 +254,7 @@ def show_families(found: tuple[FamilyInfo, ...]) -> None:
 def show_doctor(found: tuple[Tool, ...]) -> None:
     if _printed(found, "repdeploy.doctor/1", "tools"):
         return
-    table = _table("what", "for", "state", "version", "how to get it")
+    table = _table("what", "for~", "state", "version~", "how to get it~")
     for item in found:
         table.add_row(
             item.name, item.purpose, Text(item.state, "green" if item.state == "ready" else "yellow"), item.version, item.hint
@@ -306,45 +309,43 @@ def _verdict(console: Console, manifest: Manifest) -> None:
 
 
 def _checks(checks: Iterable[Check]) -> Table:
-    table = _table("gate", "what", ">error", ">budget", "")
+    table = _table("gate", "what~", ">error", ">budget", "~")
     for check in checks:
         mark = Text("ok", "green") if check.passed else Text(check.failure or "over budget", "red")
-        table.add_row(check.gate, check.subject, f"{check.error:.1e}", f"{check.budget:.1e}" if check.budget else "0", mark)
+        table.add_row(check.gate, check.subject, _number(check.error), _number(check.budget), mark)
     return table
 
 
 def _blocks(blocks: tuple[BlockReport, ...]) -> Table:
     proved = any(block.residual is not None for block in blocks)
-    table = _table("block", "branches", "becomes", ">parameters", *((">error",) if proved else ()))
+    table = _table("block", "branches~", "fused", ">parameters", *((">error",) if proved else ()))
     shown = blocks if len(blocks) <= MAX_BLOCK_ROWS else blocks[: MAX_BLOCK_ROWS - 2]
-    for block in shown:
-        _block_row(table, block, proved)
     hidden = blocks[len(shown) :]
+    for block in shown:
+        table.add_row(*_block_cells(block, proved))
     if hidden:
-        table.add_row(f"... {len(hidden) - 1} more", "", "", *(("", "") if proved else ("",)))
-        _block_row(table, hidden[-1], proved)
+        table.add_row(f"... {len(hidden) - 1} more")
+        table.add_row(*_block_cells(hidden[-1], proved))
     return table
 
 
-def _block_row(table: Table, block: BlockReport, proved: bool) -> None:
+def _block_cells(block: BlockReport, proved: bool) -> list[str]:
     out, within, height, width = block.kernel
-    groups = f", {block.groups} groups" if block.groups > 1 else ""
-    parameters = f"{block.parameters_before:,} -> {block.parameters_after:,}"
-    error = (f"{block.residual:.0e}" if block.residual is not None else "",) if proved else ()
-    table.add_row(
-        block.name or "(root)", block.formula, f"{height}x{width} {within * block.groups} -> {out}{groups}", parameters, *error
-    )
+    fused = f"{height}x{width} {within * block.groups} -> {out}" + (f" /{block.groups}" if block.groups > 1 else "")
+    error = [f"{block.residual:.0e}"] if proved and block.residual is not None else []
+    return [block.name or "(root)", block.formula, fused, f"{block.parameters_after:,}", *error]
 
 
 def _facts(console: Console, facts: tuple[Fact, ...]) -> None:
     if not facts:
         return
     console.print()
-    table = _table("fact", "value", "blocks", "origin")
-    for fact in facts:
+    table = _table("fact", ">value", "blocks~", "origin~")
+    for fact in sorted(facts, key=lambda fact: (fact.name, fact.value)):
         scopes = [scope or "(root)" for scope in fact.scopes]
         where = ", ".join(scopes) if len(scopes) <= 3 else f"{len(scopes)} blocks"
-        table.add_row(fact.name, fact.value, where, Text(ORIGINS[fact.origin], "yellow" if fact.origin == "default" else ""))
+        style = "yellow" if fact.origin == "default" else ""
+        table.add_row(fact.name, fact.value, where, Text(ORIGINS[fact.origin], style))
     console.print(table)
 
 
@@ -353,10 +354,11 @@ def _parameters(console: Console, before: int, after: int) -> None:
 
 
 def _table(*columns: str) -> Table:
-    """Column names; a leading > aligns numbers to the right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    """Column names; a leading > aligns numbers to the right, a trailing ~ lets long text wrap."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+        table.add_column(name.strip(">~"), justify=side, no_wrap=not name.endswith("~"), overflow="fold")
     return table
 
 
@@ -376,6 +378,10 @@ def _input(shape: tuple[int, ...], dynamic: tuple[str, ...]) -> str:
 
 def _count(names: tuple[str, ...]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1e}" if value else "0"
 
 
 def _size(count: int) -> str:

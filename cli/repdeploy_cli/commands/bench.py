@@ -33,11 +33,12 @@ def bench(
     """Measure the training-time network against the deploy network."""
     from repdeploy_cli.render import chosen, progress, show_bench
 
+    taken = chosen(subject)
     with progress() as report:
         from repdeploy import pipeline
 
         result = pipeline.bench(
-            chosen(subject), device=device, batch=batch or (1, 8), input_shape=input_shape, threads=threads, seconds=seconds,
+            taken, device=device, batch=batch or (1, 8), input_shape=input_shape, threads=threads, seconds=seconds,
             runtime=runtime or (), progress=report,
         )  # fmt: skip
     show_bench(result)

@@ -24,10 +24,9 @@ def export(
     """Write artifacts into a bundle, each proved against the float64 reference."""
     from repdeploy_cli.render import chosen, progress, show_export
 
+    taken = chosen(bundle)
     with progress() as report:
         from repdeploy import pipeline
 
-        result = pipeline.export(
-            chosen(bundle), trt=trt, input_shape=input_shape, output=output, dynamic=dynamic, progress=report
-        )
+        result = pipeline.export(taken, trt=trt, input_shape=input_shape, output=output, dynamic=dynamic, progress=report)
     return show_export(result)

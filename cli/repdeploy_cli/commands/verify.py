@@ -25,10 +25,9 @@ def verify(
     """Replay the recorded references against every artifact of a bundle."""
     from repdeploy_cli.render import chosen, progress, show_verification
 
+    taken = chosen(bundle)
     with progress() as report:
         from repdeploy import pipeline
 
-        verification = pipeline.verify(
-            chosen(bundle), other, against=against, input_shape=input_shape, seed=seed, progress=report
-        )
+        verification = pipeline.verify(taken, other, against=against, input_shape=input_shape, seed=seed, progress=report)
     return show_verification(verification)
