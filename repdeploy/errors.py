@@ -11,16 +11,18 @@ class RepDeployError(Exception):
     """What happened and what was expected (`str(error)`), and what to do about it (`error.hint`)."""
 
     exit_status = 1
+    usual_hint = "run repdeploy doctor to see what is installed"
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(RepDeployError):
     """Flags, a missing file, an existing bundle of another source, an unwritable output."""
 
     exit_status = 2
+    usual_hint = "--help lists what each command takes"
 
 
 class UnknownFamily(UsageError):
@@ -35,6 +37,7 @@ class InputError(RepDeployError):
     """The contents of the input are not understood, not finite, or ambiguous."""
 
     exit_status = 3
+    usual_hint = "run repdeploy inspect on the checkpoint to see what it holds"
 
 
 class UnreadableCheckpoint(InputError):
@@ -61,6 +64,7 @@ class VerificationFailed(RepDeployError):
     """A gate found a difference above its budget."""
 
     exit_status = 4
+    usual_hint = "please report this with the numbers above"
 
 
 class BackendMissing(RepDeployError):
@@ -73,6 +77,7 @@ class BackendFailed(RepDeployError):
     """A library that is here reported an error."""
 
     exit_status = 6
+    usual_hint = "run again with --debug for the whole trace"
 
 
 class Unstable(RepDeployError):

@@ -17,7 +17,7 @@ class ConvNorm(nn.Sequential):
 
 
 class SqueezeExcite(nn.Module):
-    """A gate per channel from the image's mean."""
+    """A gate per channel from the mean over a square of the map's width, as the paper's repository has it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class SqueezeExcite(nn.Module):
         self.up = nn.Conv2d(max(channels // 16, 1), channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate: Tensor = self.up(F.relu(self.down(x.mean((2, 3), keepdim=True))))
+        gate: Tensor = self.up(F.relu(self.down(F.avg_pool2d(x, x.shape[3]))))
         return x * gate.sigmoid()
 
 

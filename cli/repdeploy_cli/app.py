@@ -42,26 +42,26 @@ def root(
     """Fuse, prove, export and benchmark structural re-parameterization networks."""
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Run one command and leave with its exit status (design section 4)."""
-    sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(run(sys.argv[1:]))
 
 
-def _run(arguments: list[str]) -> int:
-    from click.exceptions import Abort, ClickException, Exit
+# typer brings its own copy of click in some versions: the base of its errors is found through what typer exports
+_UsageErrors: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
+
+def run(arguments: list[str]) -> int:
+    """One command; returns the exit status. An error that is not the user's passes through."""
     from repdeploy.errors import RepDeployError
     from repdeploy_cli.render import show_error
 
     try:
         status: Any = app(args=arguments, standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except Exit as leave:
+    except typer.Exit as leave:
         return leave.exit_code
-    except ClickException as reason:
-        show_error(reason.format_message(), f"see repdeploy {_verb(arguments)}--help", "error")
-        return 2
-    except (KeyboardInterrupt, Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
@@ -70,10 +70,14 @@ def _run(arguments: list[str]) -> int:
     except RepDeployError as reason:
         if options.debugging():
             raise
-        show_error(str(reason), reason.hint, "error")
+        show_error(str(reason), reason.hint)
         return reason.exit_status
+    except _UsageErrors as reason:
+        message: str = reason.format_message()  # type: ignore[attr-defined]
+        show_error(message.replace("Value error, ", ""), f"see repdeploy {_verb(arguments)}--help")
+        return 2
 
 
 def _verb(arguments: list[str]) -> str:
-    known = {command.__name__ for command in (item.callback for item in app.registered_commands) if command is not None}
+    known = {item.callback.__name__ for item in app.registered_commands if item.callback is not None}
     return f"{arguments[0]} " if arguments and arguments[0] in known else ""

@@ -51,12 +51,11 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def show_error(message: str, hint: str, label: str) -> None:
+def show_error(message: str, hint: str) -> None:
     """Two lines: what happened and what was expected, what to do."""
     console = stderr()
-    console.print(Text.assemble((f"{label}: ", "bold red"), _tidy(message)), soft_wrap=True)
-    if hint:
-        console.print(Text.assemble(("hint: ", "bold cyan"), _tidy(hint)), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), _tidy(message)), soft_wrap=True)
+    console.print(Text.assemble(("hint: ", "bold cyan"), _tidy(hint)), soft_wrap=True)
 
 
 def chosen(path: Path | None) -> Path:
@@ -184,7 +183,7 @@ def show_export(result: Export) -> int:
             console.print(note, soft_wrap=True)
         console.print(Text.assemble("in ", (str(result.bundle), "bold")))
     if result.missing:
-        show_error(f"no engine was built: {result.missing}", result.hint, "error")
+        show_error(f"no engine was built: {result.missing}", result.hint)
         return 5
     return 0
 

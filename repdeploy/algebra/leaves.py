@@ -32,6 +32,7 @@ class Norm(Channelwise):
     """Batch norm in evaluation mode: y = (x - mean) / sqrt(var + eps) * gamma + beta.
 
     All tensors (channels,); gamma and beta None where the norm has no affine part; `eps` in the units of `var`.
+    Raises ValueError where the shapes differ.
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 2.
     """
 
@@ -40,6 +41,11 @@ class Norm(Channelwise):
     gamma: Tensor | None = None
     beta: Tensor | None = None
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(tensor.shape) for tensor in (self.mean, self.var, self.gamma, self.beta) if tensor is not None}
+        if shapes != {(self.mean.numel(),)}:
+            raise ValueError(f"the tensors of a batch norm have different shapes: {sorted(shapes)}")
 
     @property
     def channels(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickletools
 import struct
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # pickle's own tables
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,44 +23,14 @@ MAX_PRODUCED_BYTES = 1 << 30
 MAX_DEPTH = 200
 """How deeply lists, dicts and objects may be nested; a module tree rarely passes 60."""
 
-DANGEROUS = frozenset(
-    [
-        "os",
-        "posix",
-        "nt",
-        "subprocess",
-        "sys",
-        "shutil",
-        "socket",
-        "importlib",
-        "imp",
-        "runpy",
-        "ctypes",
-        "pty",
-        "webbrowser",
-        "code",
-        "codeop",
-        "pdb",
-        "timeit",
-        "multiprocessing",
-        "threading",
-        "asyncio",
-        "signal",
-        "tempfile",
-        "pathlib",
-        "urllib",
-        "http",
-        "ftplib",
-        "smtplib",
-        "requests",
-        "pickle",
-        "_pickle",
-        "marshal",
-        "types",
-    ]
+RUNS_CODE = frozenset(
+    "os posix nt subprocess sys shutil socket importlib imp runpy ctypes pty webbrowser code codeop pdb timeit".split()
 )
-DANGEROUS_BUILTINS = frozenset(
-    ["eval", "exec", "compile", "open", "__import__", "input", "breakpoint", "globals", "locals", "vars", "setattr", "delattr"]
+"""Modules whose functions a pickle names only to run them. Nothing is ever executed here: the refusal tells the user."""
+RUNS_CODE_BY_NAME = frozenset(
+    "builtins.eval builtins.exec builtins.compile builtins.open builtins.__import__ builtins.input builtins.breakpoint "
+    "builtins.globals builtins.locals builtins.setattr builtins.delattr io.open io.FileIO io.open_code codecs.open "
+    "pickle.loads pickle.load torch.load torch.hub.load numpy.load functools.reduce operator.methodcaller".split()
 )
 
 
@@ -75,9 +46,7 @@ class Global:
 
     @property
     def runs_code(self) -> bool:
-        if self.module in ("builtins", "__builtin__"):
-            return self.name.split(".")[0] in DANGEROUS_BUILTINS
-        return self.module.split(".")[0] in DANGEROUS or self.name.split(".")[0] in ("os", "sys", "subprocess")
+        return self.module.split(".")[0] in RUNS_CODE or f"{self.module.removeprefix('_')}.{self.name}" in RUNS_CODE_BY_NAME
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +135,7 @@ class PickleMachine:
         self.push(self._memo[index])
 
     def find(self, module: str, name: str) -> Global:
-        found = Global(module, name)
+        found = Global(*_today(module, name))
         if found.runs_code:
             raise UnsafeCheckpoint(
                 f"the pickle calls {found} when it is loaded; weights never do. Nothing was executed",
@@ -191,7 +160,7 @@ class PickleMachine:
 
     def new(self, of: Any, arguments: tuple[Any, ...]) -> Instance:
         of = of if isinstance(of, Global) else Global("?", type(of).__name__)
-        if of.module not in ("builtins", "__builtin__"):
+        if of.module != "builtins":
             self.inert.add(str(of))
         return Instance(of, arguments)
 
@@ -209,6 +178,12 @@ class PickleMachine:
     def append(self, items: list[Any]) -> None:
         target = self.top()
         (target.items if isinstance(target, Instance) else target).extend(items)
+
+
+def _today(module: str, name: str) -> tuple[str, str]:
+    """Protocol 2, which torch.save writes, spells names as Python 2 did: `__builtin__`, `commands`, ..."""
+    renamed: tuple[str, str] = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return renamed
 
 
 def _operations(stream: Any) -> Iterator[tuple[str, Any, int | None]]:
@@ -338,8 +313,9 @@ _STEPS: dict[str, Callable[[PickleMachine, Any], None]] = {
     "EMPTY_TUPLE": _constant(()),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_DICT": lambda machine, _: machine.push({}),
-    "EMPTY_SET": lambda machine, _: machine.push(Instance(Global("builtins", "set"))),
-    "FROZENSET": lambda machine, _: machine.push(Instance(Global("builtins", "frozenset"), tuple(machine.pop_to_mark()))),
+    # a set is read as a list: its members need no hash
+    "EMPTY_SET": lambda machine, _: machine.push([]),
+    "FROZENSET": lambda machine, _: machine.push(machine.pop_to_mark()),
     "ADDITEMS": lambda machine, _: machine.append(machine.pop_to_mark()),
     "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),

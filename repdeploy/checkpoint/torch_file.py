@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from repdeploy.checkpoint.pickle_machine import Constructor, Global, Instance, PickleMachine
 from repdeploy.checkpoint.stored import Storage, StoredTensor, stored_view
-from repdeploy.errors import UnreadableCheckpoint, UnsafeCheckpoint
+from repdeploy.errors import RepDeployError, UnreadableCheckpoint, UnsafeCheckpoint
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 """The first object of a stream-form file (torch/serialization.py, MAGIC_NUMBER)."""
@@ -60,10 +61,12 @@ def read_zip(path: Path) -> tuple[Any, frozenset[str]]:
                 raise UnsafeCheckpoint(f"the pickle inside {path.name} is larger than {MAX_PICKLE_BYTES >> 20} MiB")
             program = archive.read(pickles[0])
             swapped = entries.get(f"{root}byteorder") is not None and archive.read(f"{root}byteorder") == b"big"
-    except zipfile.BadZipFile as reason:
+    except RepDeployError:
+        raise
+    # zipfile answers damage with whatever its struct, decode and seek calls raise
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as reason:
         raise UnreadableCheckpoint(
-            f"{path.name} is a damaged zip archive: {str(reason).lower()}",
-            hint="the file is truncated; copy or download it again",
+            f"{path.name} is a damaged zip archive: {' '.join(str(reason).split())}", hint=_AGAIN
         ) from reason
     if swapped:
         raise UnreadableCheckpoint(f"{path.name} was saved on a big-endian machine", hint="load and save it there again")
@@ -90,7 +93,9 @@ def read_stream(path: Path) -> tuple[Any, frozenset[str]]:
     """The object tree of a stream-form file (before torch 1.6): five pickles, then the storages one after the other."""
     pending: dict[str, _PendingStorage] = {}
 
-    def persistent(reference: Any) -> _PendingStorage:
+    def persistent(reference: Any) -> _PendingStorage | Global:
+        if isinstance(reference, tuple) and len(reference) > 1 and reference[0] == "module":
+            return reference[1] if isinstance(reference[1], Global) else Global("?", "module")  # a class, with its source
         dtype, key, elements = _storage_reference(reference)
         return pending.setdefault(key, _PendingStorage(dtype, elements))
 
@@ -153,6 +158,9 @@ def _constructors() -> dict[str, Constructor]:
     def mapping(*items: Any) -> dict[Any, Any]:
         return dict(items[0]) if items and isinstance(items[0], list | dict) else {}
 
+    def listed(*items: Any) -> list[Any]:
+        return list(items[0]) if items and isinstance(items[0], list | tuple) else []
+
     table: dict[str, Constructor] = {
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_tensor_v3": tensor,
@@ -163,6 +171,7 @@ def _constructors() -> dict[str, Constructor]:
         "torch.Size": lambda *sizes: tuple(sizes[0]) if sizes else (),
         "collections.OrderedDict": mapping,
         "collections.defaultdict": lambda *_: {},
+        **dict.fromkeys(("builtins.set", "builtins.frozenset"), listed),
     }
     return table
 

@@ -36,6 +36,11 @@ class StateDict:
     stripped: str
 
     @property
+    def size(self) -> int:
+        """How many tensors have a dimension: a counter beside the weights makes no table."""
+        return sum(len(tensor.shape) > 0 for tensor in self.tensors.values())
+
+    @property
     def is_ema(self) -> bool:
         return any("ema" in re.split(r"[_.\-]", part.lower()) for part in self.where.split("/"))
 
@@ -57,10 +62,10 @@ def choose(tree: Any, weights: str) -> tuple[StateDict, tuple[StateDict, ...]]:
             hint="leave --weights out to convert the model's own weights",
         )
     wanted = wanted or found
-    largest = max(len(item.tensors) for item in wanted)
-    candidates = [item for item in wanted if 2 * len(item.tensors) >= largest]
-    chosen = min(candidates, key=lambda item: (_rank(item), -len(item.tensors)))
-    return chosen, tuple(item for item in found if item is not chosen)
+    largest = max(item.size for item in wanted)
+    candidates = [item for item in wanted if 2 * item.size >= largest]
+    chosen = min(candidates, key=lambda item: (_rank(item), -item.size))
+    return chosen, tuple(item for item in found if item is not chosen and 2 * item.size >= chosen.size)
 
 
 def architecture_hint(tree: Any) -> str | None:
@@ -108,9 +113,8 @@ def _state_dicts(tree: Any) -> Iterator[StateDict]:
             continue
         entries = _named(node)
         tensors = {key: value for key, value in entries.items() if isinstance(value, StoredTensor)}
-        if tensors and 2 * len(tensors) >= len(entries):
+        if tensors:
             yield _stripped(where, tensors, {})
-            continue
         for key, value in entries.items():
             if isinstance(value, dict | list | tuple | Instance) and not NOT_WEIGHTS.search(key.lower()):
                 pending.append((f"{where}/{key}" if where else key, value, depth + 1))
@@ -141,7 +145,7 @@ def _flatten_module(root: Any) -> tuple[dict[str, StoredTensor], dict[str, dict[
             raise UnsafeCheckpoint(f"the modules nest deeper than {MAX_DEPTH} levels; that is no checkpoint")
         held = node.attributes
         skipped = held.get("_non_persistent_buffers_set")
-        skipped = set(skipped.items) if isinstance(skipped, Instance) else set()
+        skipped = skipped if isinstance(skipped, list) else []
         for kind in ("_parameters", "_buffers"):
             for name, value in _named(held.get(kind)).items():
                 if isinstance(value, StoredTensor) and not (kind == "_buffers" and name in skipped):

@@ -1,0 +1,221 @@
+"""Mistakes of a user: two clear lines, the exit status of the design, and nothing half-written left behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.cli.conftest import CommandLine, InProcess
+from tests.conftest import tree
+from tests.networks import repvgg, save
+
+
+def text_file(folder: Path) -> None:
+    (folder / "ckpt.pth").write_text("loss 0.1\n")
+
+
+def truncated(folder: Path) -> None:
+    path = save(repvgg(), folder / "ckpt.pth")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class Touch:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch owned",)
+
+
+def runs_code(folder: Path) -> None:
+    torch.save({"state_dict": repvgg().state_dict(), "x": Touch()}, folder / "ckpt.pth")
+
+
+def zip_bomb(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "ckpt.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data/0", bytes(300 << 20))
+
+
+def with_value(value: float, key: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        model = repvgg()
+        model.state_dict()[key].view(-1)[0] = value
+        save(model, folder / "ckpt.pth")
+
+    return make
+
+
+def another_family(folder: Path) -> None:
+    torch.save({"layer1.0.conv1.weight": torch.ones(4, 4, 3, 3), "fc.weight": torch.ones(2, 4)}, folder / "ckpt.pth")
+
+
+def plain(folder: Path) -> None:
+    save(repvgg(), folder / "ckpt.pth")
+
+
+def plain_pickle(folder: Path) -> None:
+    (folder / "ckpt.pth").write_bytes(pickle.dumps({"a": 1}))
+
+
+def negative_variance(folder: Path) -> None:
+    with_value(-1.0, "stage2.0.rbr_dense.bn.running_var")(folder)
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def other_bundle(folder: Path) -> None:
+    plain(folder)
+    save(repvgg(seed=5), folder / "first.pth")
+    CommandLine(folder)("convert", "first.pth", "-o", "ckpt.repdeploy", "--gates", "blocks")
+
+
+def foreign_folder(folder: Path) -> None:
+    plain(folder)
+    (folder / "ckpt.repdeploy").mkdir()
+    (folder / "ckpt.repdeploy" / "thesis.tex").write_text("precious")
+
+
+def a_linear_model(folder: Path) -> None:
+    torch.save(nn.Linear(3, 2).state_dict(), folder / "ckpt.pth")
+
+
+CASES: list[tuple[str, Callable[[Path], None], list[str], int, str]] = [
+    ("missing file", nothing, [], 2, "there is no file ckpt.pth"),
+    ("text file", text_file, [], 3, "is a text file"),
+    ("truncated zip", truncated, [], 3, "damaged zip archive"),
+    ("runs code", runs_code, [], 3, "Nothing was executed"),
+    ("zip bomb", zip_bomb, [], 3, "zip bomb"),
+    ("plain pickle", plain_pickle, [], 3, "plain pickle"),
+    ("NaN", with_value(float("nan"), "stage1.0.rbr_dense.conv.weight"), [], 3, "stage1.0.rbr_dense.conv.weight holds 1 NaN"),
+    (
+        "Inf",
+        with_value(float("inf"), "stage2.1.rbr_identity.running_var"),
+        [],
+        3,
+        "stage2.1.rbr_identity.running_var holds 1 Inf",
+    ),
+    ("NaN in the head", with_value(float("nan"), "linear.weight"), [], 3, "linear.weight holds 1 NaN"),
+    ("negative variance", negative_variance, [], 3, "block stage2.0"),
+    ("another family", another_family, ["--family", "repvgg"], 3, "no repvgg weights"),
+    ("no family", another_family, [], 3, "no block of an installed family"),
+    ("no network", a_linear_model, [], 3, "no block of an installed family"),
+    ("unknown family", plain, ["--family", "repvg"], 2, "did you mean 'repvgg'"),
+    ("unknown arch", plain, ["--arch", "RepVGG-Z9"], 2, "no architecture is called"),
+    ("wrong arch", plain, ["--arch", "repvgg_a0"], 3, "this is not RepVGG-A0"),
+    ("unknown fact", plain, ["--set", "epsilon=1"], 2, "no fact is called 'epsilon'"),
+    ("fact without a value", plain, ["--set", "eps"], 2, "expected [SCOPE.]NAME=VALUE"),
+    ("fact of another kind", plain, ["--set", "eps=small"], 2, "eps"),
+    ("negative fact", plain, ["--set", "stride=0"], 2, "stride"),
+    ("fact nowhere", plain, ["--set", "stage9.eps=1e-3"], 2, "changed nothing"),
+    ("shape", plain, ["--input-shape", "224"], 2, "expected BATCHxCHANNELSxHEIGHTxWIDTH"),
+    ("channels", plain, ["--input-shape", "1x4x65x65"], 3, "takes 3 channels"),
+    ("no ema", plain, ["--weights", "ema"], 3, "no EMA weights"),
+    ("weights", plain, ["--weights", "best"], 2, "expected model or ema"),
+    ("other source", other_bundle, [], 2, "made from another source"),
+    ("foreign folder", foreign_folder, ["--force"], 2, "is no bundle"),
+    ("expect missing", plain, ["--expect", "no.npz"], 2, "there is no file no.npz"),
+    ("expect is none", plain, ["--expect", "ckpt.pth"], 3, "input"),
+    ("output below a file", plain, ["-o", "ckpt.pth/b.repdeploy"], 2, "cannot be written"),
+    ("unknown option", plain, ["--frobnicate"], 2, "--frobnicate"),
+    ("unknown gates", plain, ["--gates", "none"], 2, "gates"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "status", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_convert(
+    make: Callable[[Path], None], options: list[str], status: int, message: str, quick: InProcess, tmp_path: Path
+) -> None:
+    make(tmp_path)
+    before = tree(tmp_path)
+    answer = quick("convert", "ckpt.pth", *options)
+    assert answer.status == status, answer
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+    lines = answer.stderr.strip().split("\n")
+    assert lines[0].startswith("error: ")
+    assert len(lines) == 2, lines
+    assert lines[1].startswith("hint: ")
+    assert answer.stdout == ""
+    assert tree(tmp_path) == before
+
+
+def test_force_replaces_a_bundle_of_another_source(repdeploy: CommandLine, tmp_path: Path) -> None:
+    other_bundle(tmp_path)
+    assert repdeploy("convert", "ckpt.pth", "--force", "--gates", "blocks").status == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere, so a read-only folder proves nothing")
+def test_a_read_only_folder(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    answer = repdeploy("convert", ckpt, "-o", locked / "b.repdeploy")
+    assert answer.status == 2
+    assert "cannot be written" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["export"], 2, "no bundle in this folder"),
+        (["verify"], 2, "no bundle in this folder"),
+        (["bench"], 2, "no bundle in this folder"),
+        (["export", "nowhere"], 2, "is no bundle"),
+        (["inspect", "nowhere.pth"], 2, "there is no file"),
+        (["bench", "--device", "tpu"], 2, "tpu"),
+        (["explode"], 2, "explode"),
+    ],
+)
+def test_other_commands(arguments: list[str], status: int, message: str, quick: InProcess, tmp_path: Path) -> None:
+    answer = quick(*arguments)
+    assert answer.status == status, answer
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr
+    assert answer.stderr.startswith("error: ")
+    assert tree(tmp_path) == []
+
+
+def test_a_damaged_manifest(quick: InProcess, ckpt: Path, tmp_path: Path) -> None:
+    quick("convert", ckpt, "--gates", "blocks")
+    (tmp_path / "ckpt.repdeploy" / "manifest.json").write_text('{"schema": "repdeploy.manifest/1"}')
+    answer = quick("export")
+    assert answer.status == 3
+    assert "not understood" in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--input-shape", "1x3x0x9"], 2, "expected"),
+        (["--input-shape", "1x1x64x64"], 3, "takes 3 channels"),
+        (["--batch", "0"], 2, "batch sizes"),
+        (["--runtime", "fastest"], 2, "no runtime for cpu"),
+        (["--seconds", "0"], 2, "positive time"),
+    ],
+)
+def test_bench_options(options: list[str], status: int, message: str, quick: InProcess, ckpt: Path) -> None:
+    quick("convert", ckpt, "--gates", "blocks")
+    answer = quick("bench", *options)
+    assert answer.status == status, answer
+    assert message in answer.stderr
+
+
+def test_a_bug_of_ours_keeps_its_traceback(repdeploy: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import repdeploy.digest\ndef broken(*a, **k): raise ZeroDivisionError('ours')\n"
+        "repdeploy.digest.Digest.result = broken\n"
+    )
+    save(repvgg(), tmp_path / "ckpt.pth")
+    answer = repdeploy("inspect", "ckpt.pth", PYTHONPATH=str(tmp_path))
+    assert answer.status == 1
+    assert "Traceback" in answer.stderr
+    assert "ZeroDivisionError" in answer.stderr

@@ -1,0 +1,66 @@
+"""Small training-time networks and their checkpoints, with batch-norm statistics far from their defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sample_models.repvgg import RepVGG
+
+SMALL: dict[str, Any] = {"blocks": (1, 2, 1, 1), "widths": (4, 8, 8, 12, 16), "classes": 5}
+
+
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Scatter every statistic: some gammas negative or almost zero, variances from 0.3 to 3."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.state_dict().items():
+        if name.endswith("running_var"):
+            value.copy_(torch.rand(value.shape, generator=generator) * 2.7 + 0.3)
+        elif value.dim() == 1 and value.is_floating_point():
+            value.copy_(torch.randn(value.shape, generator=generator) * (0.7 if name.endswith("weight") else 0.3))
+            if name.endswith("weight"):
+                value[0], value[-1] = -0.8, 1e-7
+    return model.eval()
+
+
+def repvgg(seed: int = 0, **changes: Any) -> RepVGG:
+    torch.manual_seed(seed)
+    model = randomise(RepVGG(**{**SMALL, **changes}), seed)
+    assert isinstance(model, RepVGG)
+    return model
+
+
+def save(model: nn.Module, path: Path) -> Path:
+    torch.save(model.state_dict(), path)
+    return path
+
+
+TIMM = {
+    "stage0.": "stem.", "stage1.": "stages.0.", "stage2.": "stages.1.", "stage3.": "stages.2.", "stage4.": "stages.3.",
+    "rbr_dense": "conv_kxk", "rbr_1x1": "conv_1x1", "rbr_identity": "identity", "linear.": "head.fc.",
+}  # fmt: skip
+
+
+def timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights under timm's names."""
+    renamed = {}
+    for key, value in state.items():
+        for ours, theirs in TIMM.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    return renamed
+
+
+def blocks_inside_a_detector(seed: int = 0) -> dict[str, Tensor]:
+    """RepVGG blocks among layers of an unknown network, a bare conv + bn pair among them."""
+    state = {f"backbone.{key}": value for key, value in repvgg(seed).state_dict().items() if not key.startswith("linear")}
+    generator = torch.Generator().manual_seed(seed)
+    state["head.conv.weight"] = torch.randn(8, 16, 3, 3, generator=generator)
+    for name, value in randomise(nn.BatchNorm2d(8), seed).state_dict().items():
+        state[f"head.bn.{name}"] = value
+    state["anchors"] = torch.randn(3, 2, generator=generator)
+    state["mask"] = torch.full((4, 4), float("-inf"))
+    return state
