@@ -21,16 +21,10 @@ torch.save({k: v for k, v in state.items() if k.endswith("rbr_dense.conv.weight"
 """
 MAKE = """
 import sys, torch
-from pathlib import Path
 from sample_models.repvgg import RepVGG
-torch.manual_seed(0)
+from sample_models.scatter import scatter
 model = RepVGG(blocks=(8, 14, 24, 1), widths=(64, 160, 320, 640, 2560), classes=1000, squeeze_excite=True)
-for name, value in model.state_dict().items():
-    if name.endswith("running_var"):
-        value.uniform_(0.3, 3)
-    elif name.endswith(("running_mean", "bn.bias", "rbr_identity.bias")):
-        value.normal_(0, 0.3)
-torch.save(model.state_dict(), sys.argv[1])
+torch.save(scatter(model).state_dict(), sys.argv[1])
 """
 
 

@@ -98,6 +98,12 @@ class Block:
             raise InputError(f"{path} is missing, which this block needs beside {self.path(self.kind.anchor)}")
         return self._keys.shapes[path]
 
+    def _kernel(self, part: str) -> tuple[int, ...]:
+        shape = self.shape(part)
+        if len(shape) != 4 or 0 in shape:
+            raise InputError(f"{self.path(part)} has shape {shape}; expected a kernel (out, in / groups, height, width)")
+        return shape
+
     def tensor(self, part: str) -> Tensor:
         """A stored tensor in float64."""
         self.shape(part)
@@ -113,13 +119,13 @@ class Block:
     @property
     def stride(self) -> int:
         return self.facts.resolve(
-            self.name, "stride", module=self._anchor_module, convention=self._stride, origin=self._origin, read=one_number
+            self.name, "stride", module=self._anchor_module, convention=self._stride, origin=self._origin, read=one_step
         )
 
     @property
     def dilation(self) -> int:
         return self.facts.resolve(
-            self.name, "dilation", module=self._anchor_module, convention=1, origin=self._origin, read=one_number
+            self.name, "dilation", module=self._anchor_module, convention=1, origin=self._origin, read=one_step
         )
 
     def padding(self, convention: int) -> int:
@@ -131,14 +137,14 @@ class Block:
     @property
     def groups(self) -> int:
         """From the input's channels where they are known; else a stated fact; else 1, which no kernel here depends on."""
-        within = self.shape(self.kind.anchor)[1]
+        within = self._kernel(self.kind.anchor)[1]
         told = self.kind.inputs(self)
         if told is not None and self._in_channels is not None and told != self._in_channels:
             raise InputError(f"{self.name} takes {told} channels by its own tensors, but its input has {self._in_channels}")
         channels = told if told is not None else self._in_channels
         if channels is None:
             return self.facts.resolve(
-                self.name, "groups", module=self._anchor_module, convention=1, origin="default", read=one_number
+                self.name, "groups", module=self._anchor_module, convention=1, origin="default", read=one_step
             )
         if channels % within:
             raise InputError(f"{self.name}: {channels} input channels do not divide into groups of {within}")
@@ -153,7 +159,9 @@ class Block:
         self, part: str, *, stride: int | None = None, padding: int = 0, dilation: int = 1, groups: int | None = None
     ) -> Conv:
         """The convolution of `part`.weight (and .bias): the block's stride and groups unless given."""
-        weight = self.tensor(f"{part}.weight" if part else "weight")
+        weight_key = f"{part}.weight" if part else "weight"
+        self._kernel(weight_key)
+        weight = self.tensor(weight_key)
         bias_key = f"{part}.bias" if part else "bias"
         bias = self.tensor(bias_key) if bias_key in self else None
         step = self.stride if stride is None else stride
@@ -176,21 +184,33 @@ class Block:
 
     def identity(self) -> Identity:
         """The input itself, where a branch without parameters passes it on."""
-        within = self.shape(self.kind.anchor)[1]
+        within = self._kernel(self.kind.anchor)[1]
         return Identity(torch.ones(within * self.groups, dtype=torch.float64, device=self.tensor(self.kind.anchor).device))
+
+
+MAX_STEP = 1 << 16
+"""No stride, padding, dilation or group count is larger."""
 
 
 def one_number(value: object) -> int:
     """A stride, padding or dilation that is the same along both axes. Raises ValueError."""
-    if isinstance(value, int):
-        return value
-    if isinstance(value, tuple) and value and all(isinstance(item, int) and item == value[0] for item in value):
-        return int(value[0])
-    raise ValueError("differs along the two axes")
+    first = value[0] if isinstance(value, tuple) and value else value
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first <= MAX_STEP:
+        raise ValueError("no small whole number")
+    if isinstance(value, tuple) and any(item != first for item in value):
+        raise ValueError("differs along the two axes")
+    return first
+
+
+def one_step(value: object) -> int:
+    """The same for what must be at least 1. Raises ValueError."""
+    if (number := one_number(value)) < 1:
+        raise ValueError("not at least 1")
+    return number
 
 
 def positive(value: object) -> float:
     """Raises ValueError."""
-    if isinstance(value, int | float) and value > 0:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30:
         return float(value)
-    raise ValueError("not positive")
+    raise ValueError("no positive number")

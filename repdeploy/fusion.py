@@ -31,6 +31,7 @@ from repdeploy.bundle import (
 )  # fmt: skip
 from repdeploy.bundle import MANIFEST as MANIFEST_FILE
 from repdeploy.checkpoint import Checkpoint, StoredTensor
+from repdeploy.checkpoint.load import printable
 from repdeploy.checkpoint.other_files import read_safetensors
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import CannotSqueeze, InputError, UsageError, VerificationFailed
@@ -55,7 +56,7 @@ from repdeploy.records import (
     Verdict,
     to_json,
 )  # fmt: skip
-from repdeploy.weights_file import WeightsWriter
+from repdeploy.weights_file import NAMES, WeightsWriter
 
 YOLO_EPS = 1e-3
 """YOLOv6 and v7 use RepVGG's keys with this eps; where nobody states eps, the report says how much it would change."""
@@ -200,7 +201,7 @@ def describe_blocks(checkpoint: Checkpoint, recognition: Recognition) -> tuple[t
 
 def source_record(checkpoint: Checkpoint, sha256: str) -> Source:
     return Source(
-        file=checkpoint.path.name,
+        file=printable(checkpoint.path.name),
         sha256=sha256,
         bytes=checkpoint.path.stat().st_size,
         container=checkpoint.container,
@@ -425,6 +426,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _copied(key: str, tensor: StoredTensor, dtype: torch.dtype, must_be_finite: bool) -> Tensor:
     values = tensor.read()
+    if dtype not in NAMES:
+        raise InputError(f"{key} has type {str(dtype).removeprefix('torch.')}, which a .safetensors file cannot hold")
     if must_be_finite and values.dtype.is_floating_point and not bool(torch.isfinite(values).all()):
         raise not_finite(key, values)
     return values.to(dtype)

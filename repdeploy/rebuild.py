@@ -30,6 +30,8 @@ def reader(tensors: Table) -> Callable[[str], Tensor]:
 
     def read(key: str) -> Tensor:
         values = tensors[key].read()
+        if not values.dtype.is_floating_point:
+            raise InputError(f"{key} has type {str(values.dtype).removeprefix('torch.')}; expected floating point weights")
         # a sum in float64 is finite exactly when its terms are: float32 cannot overflow it
         if not math.isfinite(float(values.sum(dtype=torch.float64))):
             raise not_finite(key, values)

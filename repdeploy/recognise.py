@@ -161,6 +161,9 @@ def recognise(
                 + "; ".join(item.reason for item in tried if isinstance(item, NoMatch)),
                 hint="leave --input-shape out: the blocks are fused and proved one by one",
             )
+    if not slots:
+        reasons = "; ".join(item.reason for item in tried if isinstance(item, NoMatch))
+        raise NotRecognised(f"no whole block is in this file: {reasons}")
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
     name, notes = _architecture(slots, matched, stored_name, arch, plan)
     return Recognition(
@@ -277,7 +280,7 @@ def _facts_for(form: str, facts: Facts) -> Facts:
 
 def _ghost(shape: tuple[int, ...]) -> Tensor:
     """A tensor of any shape that takes no memory: one number, repeated."""
-    return torch.ones(1, dtype=torch.float64).expand(shape)
+    return torch.ones((), dtype=torch.float64).expand(shape)
 
 
 class _Planner:
@@ -313,6 +316,8 @@ class _Planner:
             raise NotRecognised(f"{name} is no fully connected layer")
         if x.shape[1] != shape[1]:
             raise IllegalInput(f"{name} takes {shape[1]} numbers, the layer before it gives {x.shape[1]}")
+        if f"{name}.bias" in self.tensors and self.tensors[f"{name}.bias"].shape != shape[:1]:
+            raise NotRecognised(f"{name}.bias does not belong to {name}.weight")
         self.linears[name] = None
         return x.new_empty(0, shape[0])
 

@@ -41,7 +41,7 @@ class WeightsWriter:
         entries: dict[str, object] = {**header}
         for key, (shape, dtype) in self._expected:
             size = dtype.itemsize * torch.Size(shape).numel()
-            entries[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            entries[key] = {"dtype": NAMES.get(dtype, "?"), "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -9,26 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sample_models.repvgg import RepVGG
+from sample_models.scatter import scatter
 
 SMALL: dict[str, Any] = {"blocks": (1, 2, 1, 1), "widths": (4, 8, 8, 12, 16), "classes": 5}
 
 
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Scatter every statistic: some gammas negative or almost zero, variances from 0.3 to 3."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in model.state_dict().items():
-        if name.endswith("running_var"):
-            value.copy_(torch.rand(value.shape, generator=generator) * 2.7 + 0.3)
-        elif value.dim() == 1 and value.is_floating_point():
-            value.copy_(torch.randn(value.shape, generator=generator) * (0.7 if name.endswith("weight") else 0.3))
-            if name.endswith("weight"):
-                value[0], value[-1] = -0.8, 1e-7
-    return model.eval()
-
-
 def repvgg(seed: int = 0, **changes: Any) -> RepVGG:
     torch.manual_seed(seed)
-    model = randomise(RepVGG(**{**SMALL, **changes}), seed)
+    model = scatter(RepVGG(**{**SMALL, **changes}), seed)
     assert isinstance(model, RepVGG)
     return model
 
@@ -59,7 +47,7 @@ def blocks_inside_a_detector(seed: int = 0) -> dict[str, Tensor]:
     state = {f"backbone.{key}": value for key, value in repvgg(seed).state_dict().items() if not key.startswith("linear")}
     generator = torch.Generator().manual_seed(seed)
     state["head.conv.weight"] = torch.randn(8, 16, 3, 3, generator=generator)
-    for name, value in randomise(nn.BatchNorm2d(8), seed).state_dict().items():
+    for name, value in scatter(nn.BatchNorm2d(8), seed).state_dict().items():
         state[f"head.bn.{name}"] = value
     state["anchors"] = torch.randn(3, 2, generator=generator)
     state["mask"] = torch.full((4, 4), float("-inf"))

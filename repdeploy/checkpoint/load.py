@@ -54,6 +54,12 @@ def load(path: Path, weights: str = "model") -> Checkpoint:
     else:
         tree = read_hdf5(path)
     chosen, others = choose(tree, weights)
+    odd = next((key for key in chosen.tensors if key != printable(key)), None)
+    if odd is not None:
+        raise UnreadableCheckpoint(
+            f"a tensor's name has characters that cannot be printed: {printable(odd)[:80]}",
+            hint="rename it and save the file again",
+        )
     stored = sum(tensor.bytes for tensor in chosen.tensors.values())
     if stored > 8 * path.stat().st_size + (64 << 20):
         raise UnsafeCheckpoint(
@@ -65,28 +71,30 @@ def load(path: Path, weights: str = "model") -> Checkpoint:
         path=path,
         container=container,
         weights="ema" if chosen.is_ema else "model",
-        where=chosen.where,
+        where=printable(chosen.where),
         prefix=chosen.stripped,
         tensors=chosen.tensors,
-        others=tuple((item.where, len(item.tensors)) for item in others),
+        others=tuple((printable(item.where), len(item.tensors)) for item in others),
         has_ema=chosen.is_ema or any(item.is_ema for item in others),
-        architecture=architecture_hint(tree) or _sibling_architecture(path),
+        architecture=printable(architecture_hint(tree) or _sibling_architecture(path) or "")[:200] or None,
         attributes=chosen.attributes,
-        inert=inert,
+        inert=frozenset(map(printable, inert)),
     )
 
 
 def sniff(path: Path) -> str:
     """The container, from its first bytes: names of files prove nothing."""
-    if not path.exists():
-        raise UsageError(f"there is no file {path}", hint="check the path")
-    if not path.is_file():
-        raise UsageError(f"{path} is a folder", hint="give the checkpoint file in it")
     try:
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder", hint="give the checkpoint file in it")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file", hint="copy its contents into a file first")
         with path.open("rb") as file:
             head = file.read(16)
+    except FileNotFoundError as reason:
+        raise UsageError(f"there is no file {path}", hint="check the path") from reason
     except OSError as reason:
-        raise UsageError(f"{path} cannot be read: {reason.strerror}", hint="check its permissions") from reason
+        raise UsageError(f"{path} cannot be read: {reason.strerror}", hint="check the path and its permissions") from reason
     if head[:4] == b"PK\x03\x04":
         return "torch zip"
     if head[:8] == b"\x89HDF\r\n\x1a\n":
@@ -109,6 +117,11 @@ def sniff(path: Path) -> str:
     )
 
 
+def printable(text: str) -> str:
+    """Text from a file with everything spelled out that a terminal would act on or could not show."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def _is_text(head: bytes) -> bool:
     return all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head)
 
@@ -116,11 +129,11 @@ def _is_text(head: bytes) -> bool:
 def _sibling_architecture(path: Path) -> str | None:
     """The name in a config.json beside the file (Hugging Face layout)."""
     config = path.parent / "config.json"
-    if not config.is_file() or config.stat().st_size > 1 << 20:
-        return None
     try:
+        if not config.is_file() or config.stat().st_size > 1 << 20:
+            return None
         content = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, OSError, RecursionError):
         return None
     name = content.get("architecture") if isinstance(content, dict) else None
     return name if isinstance(name, str) else None

@@ -16,17 +16,24 @@ from typing import Any
 
 from repdeploy.errors import UnreadableCheckpoint, UnsafeCheckpoint
 
-MAX_OPERATIONS = 5_000_000
-"""A checkpoint of 2000 tensors with its optimizer takes about 200 000."""
-MAX_PRODUCED_BYTES = 1 << 30
-"""How many bytes of text the pickle may have re-encoded."""
+MAX_OPERATIONS = 20_000_000
+"""A checkpoint of 2000 tensors with its optimizer takes about 200 000, one with an index of ImageNet 6 million."""
+MAX_COPIED = 5_000_000
+"""How many items (or 256 characters) the pickle may have copied by calling constructors."""
+MAX_NAME = 500
+"""Characters of a class's name."""
+MAX_INERT = 1000
+"""How many classes are remembered by name for the report."""
 MAX_DEPTH = 200
 """How deeply lists, dicts and objects may be nested; a module tree rarely passes 60."""
 
 RUNS_CODE = frozenset(
-    "os posix nt subprocess sys shutil socket importlib imp runpy ctypes pty webbrowser code codeop pdb timeit".split()
+    "os posix nt subprocess _posixsubprocess sys shutil socket importlib runpy ctypes pty webbrowser bdb doctest pydoc "
+    "cProfile profile ensurepip".split()
 )
-"""Modules whose functions a pickle names only to run them. Nothing is ever executed here: the refusal tells the user."""
+"""Packages whose functions a pickle names only to run them. Nothing is ever executed here: the refusal tells the user."""
+RUNS_CODE_MODULES = RUNS_CODE | frozenset("code codeop imp pdb timeit".split())
+"""The same for modules whose names a user's own package may have: `code.models.Net` is a class, `code.interact` is not."""
 RUNS_CODE_BY_NAME = frozenset(
     "builtins.eval builtins.exec builtins.compile builtins.open builtins.__import__ builtins.input builtins.breakpoint "
     "builtins.globals builtins.locals builtins.setattr builtins.delattr io.open io.FileIO io.open_code codecs.open "
@@ -46,7 +53,9 @@ class Global:
 
     @property
     def runs_code(self) -> bool:
-        return self.module.split(".")[0] in RUNS_CODE or f"{self.module.removeprefix('_')}.{self.name}" in RUNS_CODE_BY_NAME
+        if self.module in RUNS_CODE_MODULES or self.module.split(".")[0] in RUNS_CODE:
+            return True
+        return f"{self.module.removeprefix('_')}.{self.name}" in RUNS_CODE_BY_NAME
 
 
 @dataclass(slots=True, eq=False)
@@ -69,6 +78,11 @@ class Instance:
         return {key: value for key, value in {**held, **self.entries}.items() if isinstance(key, str)}
 
 
+ASK = "ask the file's author for a plain state_dict or a .safetensors file"
+DAMAGED = "the file is truncated or damaged; copy or download it again"
+_DAMAGE = (
+    LookupError, TypeError, ValueError, AttributeError, struct.error, ArithmeticError, MemoryError, RecursionError, OSError,
+)  # fmt: skip
 _MARK = object()
 Constructor = Callable[..., Any]
 
@@ -86,7 +100,7 @@ class PickleMachine:
         self.inert: set[str] = set()
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._produced = 0
+        self._copied = 0
 
     def run(self, stream: Any) -> Any:
         """Read one pickle from a binary file object; the stream stands behind it afterwards."""
@@ -95,18 +109,15 @@ class PickleMachine:
             for operation, argument, _ in _operations(stream):
                 operations += 1
                 if operations > MAX_OPERATIONS:
-                    raise UnsafeCheckpoint(f"the pickle takes more than {MAX_OPERATIONS:,} steps: too large for a checkpoint")
+                    raise UnsafeCheckpoint(f"the pickle takes more than {MAX_OPERATIONS:,} steps", hint=ASK)
                 if operation == "STOP":
                     return self._stack.pop()
                 _STEPS[operation](self, argument)
         except (UnsafeCheckpoint, UnreadableCheckpoint):
             raise
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError, struct.error, OverflowError) as reason:
-            raise UnreadableCheckpoint(
-                f"the pickle is damaged after {operations} steps: {reason or type(reason).__name__}",
-                hint="the file is truncated or not a checkpoint; copy or download it again",
-            ) from reason
-        raise UnreadableCheckpoint("the pickle has no end", hint="the file is truncated; copy or download it again")
+        except _DAMAGE as reason:
+            raise UnreadableCheckpoint(f"the pickle is damaged at its step {operations}", hint=DAMAGED) from reason
+        raise UnreadableCheckpoint("the pickle has no end", hint=DAMAGED)
 
     def push(self, value: Any) -> None:
         self._stack.append(value)
@@ -135,6 +146,8 @@ class PickleMachine:
         self.push(self._memo[index])
 
     def find(self, module: str, name: str) -> Global:
+        if len(module) + len(name) > MAX_NAME:
+            raise UnsafeCheckpoint(f"the pickle names a class with {len(module) + len(name):,} characters", hint=ASK)
         found = Global(*_today(module, name))
         if found.runs_code:
             raise UnsafeCheckpoint(
@@ -147,12 +160,14 @@ class PickleMachine:
         if not isinstance(function, Global) or not isinstance(arguments, tuple):
             return Instance(Global("?", type(function).__name__), arguments if isinstance(arguments, tuple) else ())
         constructor = self.constructors.get(str(function))
+        if constructor is not None or str(function) == "_codecs.encode":
+            self._copied += sum(len(item) for item in arguments if isinstance(item, list | tuple | dict))
+            self._copied += sum(len(item) // 256 for item in arguments if isinstance(item, str | bytes))
+            if self._copied > MAX_COPIED:
+                raise UnsafeCheckpoint("the pickle copies more than a checkpoint can hold", hint=ASK)
         if constructor is not None:
             return constructor(*arguments)
         if str(function) == "_codecs.encode" and len(arguments) == 2:
-            self._produced += len(arguments[0])
-            if self._produced > MAX_PRODUCED_BYTES:
-                raise UnsafeCheckpoint("the pickle expands to more text than a checkpoint can hold")
             return arguments[0].encode("latin1")
         if str(function) == "copyreg._reconstructor" and arguments and isinstance(arguments[0], Global):
             return self.new(arguments[0], ())
@@ -160,7 +175,7 @@ class PickleMachine:
 
     def new(self, of: Any, arguments: tuple[Any, ...]) -> Instance:
         of = of if isinstance(of, Global) else Global("?", type(of).__name__)
-        if of.module != "builtins":
+        if of.module != "builtins" and len(self.inert) < MAX_INERT:
             self.inert.add(str(of))
         return Instance(of, arguments)
 
@@ -173,7 +188,7 @@ class PickleMachine:
         target = self.top()
         into = target.entries if isinstance(target, Instance) else target
         for key, value in zip(items[::2], items[1::2], strict=True):
-            into[_key(key)] = value
+            into[hashable(key)] = value
 
     def append(self, items: list[Any]) -> None:
         target = self.top()
@@ -191,9 +206,9 @@ def _operations(stream: Any) -> Iterator[tuple[str, Any, int | None]]:
         yield operation.name, argument, position
 
 
-def _key(key: Any) -> Any:
+def hashable(key: Any) -> Any:
     """A dict key that hashes in constant time: nested tuples could take exponential time, objects have no hash."""
-    return key if isinstance(key, str | int | float | bytes | Global | None) else f"<{type(key).__name__} {id(key)}>"
+    return key if isinstance(key, str | int | float | bytes | Global | None) else object()
 
 
 def _global(machine: PickleMachine, argument: str) -> None:
@@ -203,7 +218,9 @@ def _global(machine: PickleMachine, argument: str) -> None:
 
 def _stack_global(machine: PickleMachine, _: Any) -> None:
     name, module = machine.pop(), machine.pop()
-    machine.push(machine.find(str(module), str(name)))
+    if not isinstance(module, str) or not isinstance(name, str):
+        raise TypeError("a class's name is no text")
+    machine.push(machine.find(module, name))
 
 
 def _reduce(machine: PickleMachine, _: Any) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from repdeploy.checkpoint.pickle_machine import Constructor, Global, Instance, PickleMachine
-from repdeploy.checkpoint.stored import Storage, StoredTensor, stored_view
+from repdeploy.checkpoint.pickle_machine import ASK, Constructor, Global, Instance, PickleMachine, hashable
+from repdeploy.checkpoint.stored import AGAIN, Storage, StoredTensor, stored_view, unreadable
 from repdeploy.errors import RepDeployError, UnreadableCheckpoint, UnsafeCheckpoint
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -56,33 +56,43 @@ def read_zip(path: Path) -> tuple[Any, frozenset[str]]:
                     f"{path.name} is a TorchScript program, not a training checkpoint",
                     hint="save model.state_dict() of the training-time model with torch.save",
                 )
+            if len(entries) != len(archive.infolist()):
+                raise UnsafeCheckpoint(f"{path.name} holds two entries of one name", hint=ASK)
             _refuse_bombs(path, entries.values())
             if entries[pickles[0]].file_size > MAX_PICKLE_BYTES:
-                raise UnsafeCheckpoint(f"the pickle inside {path.name} is larger than {MAX_PICKLE_BYTES >> 20} MiB")
+                raise UnsafeCheckpoint(f"the pickle inside {path.name} is larger than {MAX_PICKLE_BYTES >> 20} MiB", hint=ASK)
             program = archive.read(pickles[0])
-            swapped = entries.get(f"{root}byteorder") is not None and archive.read(f"{root}byteorder") == b"big"
+            order = entries.get(f"{root}byteorder")
+            swapped = order is not None and order.file_size <= 16 and archive.read(order) == b"big"
     except RepDeployError:
         raise
     # zipfile answers damage with whatever its struct, decode and seek calls raise
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, RuntimeError, EOFError) as reason:
         raise UnreadableCheckpoint(
-            f"{path.name} is a damaged zip archive: {' '.join(str(reason).split())}", hint=_AGAIN
+            f"{path.name} is a damaged zip archive: {' '.join(str(reason).split())}", hint=AGAIN
         ) from reason
     if swapped:
         raise UnreadableCheckpoint(f"{path.name} was saved on a big-endian machine", hint="load and save it there again")
 
-    def persistent(reference: Any) -> Storage:
-        dtype, key, elements = _storage_reference(reference)
+    places: dict[str, int] = {}
+
+    def persistent(reference: Any) -> Storage | Global | UnknownStorage:
+        found = _storage_reference(reference)
+        if not isinstance(found, tuple):
+            return found
+        dtype, key, elements = found
         info = entries.get(f"{root}data/{key}")
         if info is None:
-            raise UnreadableCheckpoint(f"{path.name} names storage {key!r}, which the archive lacks", hint=_AGAIN)
+            raise UnreadableCheckpoint(f"{path.name} names storage {key!r}, which the archive lacks", hint=AGAIN)
         if info.compress_type != zipfile.ZIP_STORED:
             raise UnreadableCheckpoint(
                 f"the archive {path.name} is compressed, which torch.save never does", hint="unpack it and give the file inside"
             )
         if info.file_size < elements * dtype.itemsize:
-            raise UnreadableCheckpoint(f"storage {key!r} of {path.name} is shorter than it claims", hint=_AGAIN)
-        return Storage(path, _data_offset(path, info), elements, dtype)
+            raise UnreadableCheckpoint(f"storage {key!r} of {path.name} is shorter than it claims", hint=AGAIN)
+        if key not in places:
+            places[key] = _data_offset(path, info)
+        return Storage(path, places[key], elements, dtype)
 
     machine = PickleMachine(_constructors(), persistent)
     tree = machine.run(io.BytesIO(program))
@@ -93,10 +103,11 @@ def read_stream(path: Path) -> tuple[Any, frozenset[str]]:
     """The object tree of a stream-form file (before torch 1.6): five pickles, then the storages one after the other."""
     pending: dict[str, _PendingStorage] = {}
 
-    def persistent(reference: Any) -> _PendingStorage | Global:
-        if isinstance(reference, tuple) and len(reference) > 1 and reference[0] == "module":
-            return reference[1] if isinstance(reference[1], Global) else Global("?", "module")  # a class, with its source
-        dtype, key, elements = _storage_reference(reference)
+    def persistent(reference: Any) -> _PendingStorage | Global | UnknownStorage:
+        found = _storage_reference(reference)
+        if not isinstance(found, tuple):
+            return found
+        dtype, key, elements = found
         return pending.setdefault(key, _PendingStorage(dtype, elements))
 
     with path.open("rb") as program:
@@ -107,25 +118,26 @@ def read_stream(path: Path) -> tuple[Any, frozenset[str]]:
                 f"{path.name} is a plain pickle, not a file of torch.save",
                 hint="load it where it was written and save the state_dict with torch.save",
             )
-        for _ in range(2):  # protocol version, facts about the machine that wrote it
-            PickleMachine({}, persistent).run(program)
+        PickleMachine({}, persistent).run(program)  # the protocol version
+        written_by = PickleMachine({}, persistent).run(program)
+        if isinstance(written_by, dict) and written_by.get("little_endian") is False:
+            raise UnreadableCheckpoint(f"{path.name} was saved on a big-endian machine", hint="load and save it there again")
         tree = machine.run(program)
         keys = PickleMachine({}, persistent).run(program)
         size = path.stat().st_size
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise UnreadableCheckpoint(f"{path.name} does not list its tensors", hint=AGAIN)
         for key in keys:
             header = program.read(8)
             if key not in pending or len(header) < 8:
-                raise UnreadableCheckpoint(f"{path.name} ends before its tensors", hint=_AGAIN)
+                raise UnreadableCheckpoint(f"{path.name} ends before its tensors", hint=AGAIN)
             (elements,) = struct.unpack("<q", header)
             storage, start = pending[key], program.tell()
             if elements != storage.elements or start + elements * storage.dtype.itemsize > size:
-                raise UnreadableCheckpoint(f"storage {key!r} of {path.name} is cut off", hint=_AGAIN)
+                raise UnreadableCheckpoint(f"storage {key!r} of {path.name} is cut off", hint=AGAIN)
             storage.placed = Storage(path, start, elements, storage.dtype)
             program.seek(elements * storage.dtype.itemsize, io.SEEK_CUR)
     return tree, frozenset(machine.inert)
-
-
-_AGAIN = "the file is truncated or damaged; copy or download it again"
 
 
 class _PendingStorage:
@@ -138,32 +150,52 @@ class _PendingStorage:
     def view(self, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> StoredTensor:
         def read() -> torch.Tensor:
             if self.placed is None:
-                raise UnreadableCheckpoint("a tensor of this file has no data", hint=_AGAIN)
+                raise UnreadableCheckpoint("a tensor of this file has no data", hint=AGAIN)
             return stored_view(self.placed, offset, shape, stride).read()
 
         return StoredTensor(shape, self.dtype, read)
 
 
+class UnknownStorage:
+    """Numbers of a type that is not understood (quantized tensors, for example)."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+
 def _constructors() -> dict[str, Constructor]:
-    def tensor(storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    def tensor(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> StoredTensor:
         size, step = tuple(map(int, shape)), tuple(map(int, stride))
+        if isinstance(storage, UnknownStorage):
+            return unreadable(size, f"tensors of type {storage.kind} are not understood")
+        if len(rest) > 2 and rest[2]:  # lazily conjugated or negated numbers
+            return unreadable(size, "a tensor was saved with its sign still pending")
         if isinstance(storage, _PendingStorage):
             return storage.view(int(offset), size, step)
         return stored_view(storage, int(offset), size, step)
 
+    def typed_tensor(storage: Any, offset: int, shape: Any, stride: Any, grad: Any, hooks: Any, kind: Any, *rest: Any) -> Any:
+        dtype = getattr(torch, kind.name, None) if isinstance(kind, Global) and kind.module == "torch" else None
+        if not isinstance(dtype, torch.dtype) or not isinstance(storage, Storage):
+            return unreadable(tuple(map(int, shape)), f"tensors of type {kind} are not understood")
+        return tensor(storage.viewed_as(dtype), offset, shape, stride, grad, hooks, *rest)
+
     def from_type(function: Any, _: Any, arguments: Any, *__: Any) -> Any:
         known = table.get(str(function))
-        return known(*arguments) if known else Instance(Global("torch", "Tensor"), arguments)
+        return known(*arguments) if known not in (None, from_type) else Instance(Global("torch", "Tensor"))
 
     def mapping(*items: Any) -> dict[Any, Any]:
-        return dict(items[0]) if items and isinstance(items[0], list | dict) else {}
+        if not items or not isinstance(items[0], list | dict):
+            return {}
+        pairs = items[0].items() if isinstance(items[0], dict) else items[0]
+        return {hashable(key): value for key, value in pairs}
 
     def listed(*items: Any) -> list[Any]:
         return list(items[0]) if items and isinstance(items[0], list | tuple) else []
 
     table: dict[str, Constructor] = {
         "torch._utils._rebuild_tensor_v2": tensor,
-        "torch._utils._rebuild_tensor_v3": tensor,
+        "torch._utils._rebuild_tensor_v3": typed_tensor,
         "torch._utils._rebuild_tensor": tensor,
         "torch._utils._rebuild_parameter": lambda data, *_: data,
         "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
@@ -176,19 +208,25 @@ def _constructors() -> dict[str, Constructor]:
     return table
 
 
-def _storage_reference(reference: Any) -> tuple[torch.dtype, str, int]:
-    """('storage', type, key, location, elements[, view]) -> dtype, key, elements."""
+def _storage_reference(reference: Any) -> tuple[torch.dtype, str, int] | Global | UnknownStorage:
+    """('storage', type, key, location, elements[, view]) -> dtype, key, elements; ('module', class, ...) -> the class."""
+    if isinstance(reference, tuple) and len(reference) > 1 and reference[0] == "module":
+        return reference[1] if isinstance(reference[1], Global) else Global("?", "module")
     if not isinstance(reference, tuple) or len(reference) < 5 or reference[0] != "storage":
-        raise UnreadableCheckpoint("the file refers to its tensors in an unknown way", hint=_AGAIN)
-    kind = reference[1]
-    name = kind.name if isinstance(kind, Global) else str(kind)
-    if name not in DTYPES:
+        hint = AGAIN if isinstance(reference, tuple) else "it may use pickle protocol 0; save it with the default protocol"
+        raise UnreadableCheckpoint("the file refers to its tensors in an unknown way", hint=hint)
+    if len(reference) > 5 and reference[5] is not None:
         raise UnreadableCheckpoint(
-            f"tensors of type {name} are not understood", hint="save the model in float32, float16 or bfloat16"
+            "the file was written by torch 0.3 or older, whose views are not understood",
+            hint="load and save it with a newer torch",
         )
+    kind = reference[1]
+    name = kind.name if isinstance(kind, Global) else str(kind)[:80]
+    if name not in DTYPES:
+        return UnknownStorage(name)
     elements = int(reference[4])
-    if elements < 0:
-        raise UnreadableCheckpoint("a storage has a negative size", hint=_AGAIN)
+    if not 0 <= elements < 1 << 62:
+        raise UnreadableCheckpoint("a storage has an impossible size", hint=AGAIN)
     return DTYPES[name], str(reference[2]), elements
 
 
@@ -203,10 +241,12 @@ def _refuse_bombs(path: Path, entries: Iterable[zipfile.ZipInfo]) -> None:
 
 def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
     """Where an uncompressed entry's bytes begin: behind its local header, whose lengths may differ from the directory's."""
+    if info.header_offset < 0:
+        raise UnreadableCheckpoint(f"{path.name} has a damaged zip directory", hint=AGAIN)
     with path.open("rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise UnreadableCheckpoint(f"{path.name} has a damaged zip directory", hint=_AGAIN)
+            raise UnreadableCheckpoint(f"{path.name} has a damaged zip directory", hint=AGAIN)
         lengths: tuple[int, int] = struct.unpack("<HH", header[26:30])
     return info.header_offset + 30 + sum(lengths)

@@ -7,19 +7,25 @@ Wrappers nest in any order: {'state_dict': ...}, {'model': ...}, EMA copies unde
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from repdeploy.checkpoint.pickle_machine import MAX_DEPTH, Instance
+from repdeploy.checkpoint.pickle_machine import ASK, MAX_DEPTH, Instance
 from repdeploy.checkpoint.stored import StoredTensor
 from repdeploy.errors import InputError, UnsafeCheckpoint
 
 PREFERRED = ("", "state_dict", "model", "module", "model_state_dict", "net", "network")
 """Where the weights usually are; an earlier name wins over a later one (the official loaders prefer state_dict)."""
-NOT_WEIGHTS = re.compile(r"optim|sched|scaler|amp$|rng|criterion|^loss|^args$|^config$|^hyper|^callbacks$")
+NOT_WEIGHTS = re.compile(
+    r"(^|_)optim(izer)?s?(_|$)|sched|scaler|(^|_)amp$|rng|criterion|^loss|^args$|^config$|^hyper|^callbacks$"
+)
 PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of every key."""
+MAX_KEY = 500
+"""Characters of a name in the file; a longer one is no tensor's."""
+MAX_MODULES = 100_000
 ARCHITECTURE_NAMES = ("arch", "architecture", "model_name")
 NAMING_OBJECTS = ("args", "config", "cfg", "hyper_parameters", "hparams")
 GEOMETRY = ("eps", "stride", "padding", "dilation", "groups", "kernel_size", "padding_mode", "ceil_mode")
@@ -97,15 +103,15 @@ def _rank(item: StateDict) -> int:
 
 def _state_dicts(tree: Any) -> Iterator[StateDict]:
     """Every table of tensors below, outermost first; optimizers and their like are passed over."""
-    pending: list[tuple[str, Any, int]] = [("", tree, 0)]
+    pending: deque[tuple[str, Any, int]] = deque([("", tree, 0)])
     seen: set[int] = set()
     while pending:
-        where, node, depth = pending.pop(0)
-        if id(node) in seen:
+        where, node, depth = pending.popleft()
+        # objects may share one state, which is then looked at once
+        shared = node.state if isinstance(node, Instance) and isinstance(node.state, dict) and not node.entries else node
+        if id(shared) in seen or depth > MAX_DEPTH:
             continue
-        seen.add(id(node))
-        if depth > MAX_DEPTH:
-            raise UnsafeCheckpoint(f"the file nests deeper than {MAX_DEPTH} levels; that is no checkpoint")
+        seen.add(id(shared))
         if _is_module(node):
             tensors, attributes = _flatten_module(node)
             if tensors:
@@ -122,9 +128,9 @@ def _state_dicts(tree: Any) -> Iterator[StateDict]:
 
 def _named(node: Any) -> dict[str, Any]:
     if isinstance(node, Instance):
-        return node.attributes
+        node = node.attributes
     if isinstance(node, dict):
-        return {key: value for key, value in node.items() if isinstance(key, str)}
+        return {key: value for key, value in node.items() if isinstance(key, str) and len(key) <= MAX_KEY}
     if isinstance(node, list | tuple) and len(node) <= 64:
         return {str(index): value for index, value in enumerate(node) if isinstance(value, dict | Instance)}
     return {}
@@ -138,11 +144,13 @@ def _flatten_module(root: Any) -> tuple[dict[str, StoredTensor], dict[str, dict[
     """The state dict of a pickled module, and per submodule its class and the attributes that are facts."""
     tensors: dict[str, StoredTensor] = {}
     attributes: dict[str, dict[str, object]] = {}
-    pending: list[tuple[str, Any, int]] = [("", root, 0)]
+    pending: deque[tuple[str, Any, int]] = deque([("", root, 0)])
     while pending:
-        path, node, depth = pending.pop(0)
-        if depth > MAX_DEPTH:
-            raise UnsafeCheckpoint(f"the modules nest deeper than {MAX_DEPTH} levels; that is no checkpoint")
+        path, node, depth = pending.popleft()
+        if depth > MAX_DEPTH or len(attributes) > MAX_MODULES:
+            raise UnsafeCheckpoint(
+                f"the modules of the file nest deeper than {MAX_DEPTH} levels or are more than {MAX_MODULES:,}", hint=ASK
+            )
         held = node.attributes
         skipped = held.get("_non_persistent_buffers_set")
         skipped = skipped if isinstance(skipped, list) else []
@@ -160,13 +168,20 @@ def _flatten_module(root: Any) -> tuple[dict[str, StoredTensor], dict[str, dict[
 
 
 def _plain(value: Any) -> object:
-    return value if isinstance(value, int | float | str | bool | tuple | None) else str(value)
+    scalar = int | float | str | bool | None
+    if isinstance(value, tuple) and len(value) <= 8 and all(isinstance(item, scalar) for item in value):
+        return value
+    return value if isinstance(value, scalar) else f"<{type(value).__name__}>"
 
 
 def _stripped(where: str, tensors: dict[str, StoredTensor], attributes: Mapping[str, Mapping[str, object]]) -> StateDict:
     """Take the wrappers' prefixes off the front of the keys, where every key carries them."""
     removed = ""
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) and key != p for key in tensors)), None):
+    tensors = {key: value for key, value in tensors.items() if key != "n_averaged"}  # torch's AveragedModel counts with it
+    while len(removed) < MAX_KEY and tensors:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) and key != p for key in tensors)), None)
+        if prefix is None:
+            break
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
         attributes = {key.removeprefix(prefix): value for key, value in attributes.items() if key.startswith(prefix)}
         removed += prefix

@@ -15,10 +15,11 @@ from typing import Any
 
 import onnx
 import torch
+from torch import nn
 
 from repdeploy.bundle import replacing
 from repdeploy.errors import BackendFailed, RepDeployError
-from repdeploy.network import Network, sample_images
+from repdeploy.network import sample_images
 
 INPUT, OUTPUT = "input", "output"
 EXAMPLE_BATCH = 2
@@ -28,7 +29,7 @@ MAX_BYTES = 1_800_000_000
 
 
 def write_onnx(
-    network: Network, path: Path, image: tuple[int, int, int], *, batch: int | None, provenance: Mapping[str, str]
+    network: nn.Module, path: Path, image: tuple[int, int, int], *, batch: int | None, provenance: Mapping[str, str]
 ) -> int:
     """Write the network; `batch` None keeps the batch dynamic, under the name "batch". Returns the opset read back.
 

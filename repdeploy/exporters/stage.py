@@ -91,7 +91,7 @@ def _write_onnx(
     }  # fmt: skip
     with replacing(path) as temporary:
         batch = None if dynamic == "batch" else shape[0]
-        opset = onnx_file.write_onnx(network, temporary, image, batch=batch, provenance=provenance)  # type: ignore[arg-type]
+        opset = onnx_file.write_onnx(network, temporary, image, batch=batch, provenance=provenance)
         progress("verifying ONNX", 2, 3)
         checks = onnx_checks(temporary, PRECISION, inputs, outputs, dynamic=batch is None)
         checks = [replace(check, subject=check.subject.replace(temporary.name, path.name)) for check in checks]

@@ -184,3 +184,34 @@ def test_a_damaged_block_is_refused_by_name(damage: Any, message: str, tmp_path:
     with pytest.raises(InputError, match=message):
         repdeploy.convert(tmp_path / "damaged.pth", output=tmp_path / "b.repdeploy")
     assert not (tmp_path / "b.repdeploy").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda s: s.update({"stage1.0.rbr_dense.bn.running_var": torch.ones(8, dtype=torch.complex64)}), "complex64"),
+        (lambda s: s.update({"linear.weight": s["linear.weight"].to(torch.complex64)}), "complex64"),
+        (lambda s: s.update({"stage1.0.rbr_dense.conv.weight": torch.tensor(1.0)}), "expected a kernel"),
+        (lambda s: s.update({"stage1.0.rbr_dense.conv.weight": torch.ones(8)}), "expected a kernel"),
+        (lambda s: s.update({"linear.bias": torch.ones(3)}), "linear.bias does not belong"),
+    ],
+)
+def test_tensors_of_a_wrong_kind_are_refused_by_name(damage: Any, message: str, tmp_path: Path) -> None:
+    state = dict(repvgg().state_dict())
+    damage(state)
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match=message):
+        repdeploy.convert(tmp_path / "odd.pth", output=tmp_path / "b.repdeploy", input_shape="1x3x65x65")
+    assert not (tmp_path / "b.repdeploy").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stride", (0, 0)), ("stride", True), ("padding", 10**30), ("eps", 10**400), ("eps", float("inf"))]
+)
+def test_a_pickled_attribute_that_cannot_be_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    model = repvgg()
+    block = model.stage1[0]  # type: ignore[index]
+    setattr(block.rbr_dense.bn if name == "eps" else block.rbr_dense.conv, name, value)  # type: ignore[union-attr]
+    torch.save(model, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match=f"pickled with {name}"):
+        repdeploy.convert(tmp_path / "odd.pth", output=tmp_path / "b.repdeploy")

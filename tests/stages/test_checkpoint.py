@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import functools
 import io
 import os
 import pickle
@@ -11,6 +13,8 @@ import resource
 import struct
 import subprocess
 import sys
+import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -258,7 +262,133 @@ def test_nested_keys_do_not_take_exponential_time(tmp_path: Path) -> None:
 
 def test_a_tree_without_a_bottom_is_refused(tmp_path: Path) -> None:
     program = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * 5000 + b"}" + b"s" * 5000 + b"."
-    assert limited(zip_of(tmp_path / "a.pth", program)) == "UnsafeCheckpoint"
+    assert limited(zip_of(tmp_path / "a.pth", program)) == "InputError"
+
+
+def nested_pairs(levels: int) -> bytes:
+    """Opcodes that leave a tuple of two tuples of two tuples ... on the stack."""
+    return b")" + b"".join(b"q\x00h\x00\x86" for _ in range(levels))
+
+
+def call(module: bytes, name: bytes, *arguments: bytes) -> bytes:
+    return b"c" + module + b"\n" + name + b"\n(" + b"".join(arguments) + b"tR"
+
+
+NAME = b"c" + b"m" * 100_000 + b"\nn\n"
+ENTRIES = b"".join(b"M" + struct.pack("<H", i) + b"K\x01" for i in range(60_000))
+COPIES = b"".join(call(b"collections", b"OrderedDict", b"h\x01") for _ in range(20_000))
+LISTS = b"".join(b"](h\x00h\x00eq\x00" for _ in range(40))
+BOMBS = {
+    "hash of an ordered dict": b"\x80\x02"
+    + call(b"collections", b"OrderedDict", b"](" + nested_pairs(60) + b"K\x01\x86e")
+    + b".",
+    "copies of a dict": b"\x80\x02}(" + ENTRIES + b"uq\x01" + COPIES + b".",
+    "a long name": b"\x80\x02" + NAME + b")R.",
+    "a name that is no text": b"\x80\x04" + b"]q\x00" + LISTS + b"X\x01\x00\x00\x00n\x93.",
+    "a string of impossible length": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 62) + b"abc",
+    "steps": b"\x80\x02" + b"N0" * 11_000_000 + b".",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_programs_do_not_take_the_machine(name: str, tmp_path: Path) -> None:
+    assert limited(zip_of(tmp_path / "a.pth", BOMBS[name]), seconds=60) in (
+        "UnsafeCheckpoint",
+        "UnreadableCheckpoint",
+        "InputError",
+    )
+
+
+class Deep(nn.Module):
+    """An attribute that multiplies when it is written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        value: Any = [1]
+        for _ in range(29):
+            value = [value, value]
+        self.stride = value
+        self.w = nn.Parameter(torch.ones(3))
+
+
+def test_attributes_are_not_written_out(tmp_path: Path) -> None:
+    assert limited(saved(Deep(), tmp_path / "a.pth")) == "loaded"
+
+
+def test_shared_modules_do_not_multiply(tmp_path: Path) -> None:
+    module = nn.Module()
+    module.w = nn.Parameter(torch.ones(1))
+    for _ in range(60):
+        outer = nn.Module()
+        outer.a = outer.b = module
+        module = outer
+    assert limited(saved(module, tmp_path / "a.pth"), seconds=60) == "UnsafeCheckpoint"
+
+
+def test_hdf5_does_not_reach_into_other_files(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"s" * 40)
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        file.create_dataset("w", (10,), dtype="f4", external=[(str(tmp_path / "secret"), 0, 40)])
+    with pytest.raises(UnsafeCheckpoint, match="another file"):
+        load(tmp_path / "a.hdf5")
+    with h5py.File(tmp_path / "other.hdf5", "w") as file:
+        file.create_dataset("x", data=np.ones(4, np.float32))
+    with h5py.File(tmp_path / "b.hdf5", "w") as file:
+        layout = h5py.VirtualLayout((4,), dtype="f4")
+        layout[:] = h5py.VirtualSource(str(tmp_path / "other.hdf5"), "x", shape=(4,))
+        file.create_virtual_dataset("w", layout)
+    with pytest.raises(UnsafeCheckpoint, match="another file"):
+        load(tmp_path / "b.hdf5")
+    with h5py.File(tmp_path / "c.hdf5", "w") as file:
+        file.create_dataset("w", data=np.ones(4, np.float32))
+        file.create_dataset("empty", data=h5py.Empty("f4"))
+        file.create_dataset("text", data="hello")
+        file["link"] = h5py.ExternalLink(str(tmp_path / "other.hdf5"), "x")
+    assert list(load(tmp_path / "c.hdf5").tensors) == ["w"]
+
+
+def test_narrow_types_are_read_as_what_they_are(tmp_path: Path) -> None:
+    state = {"a": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn), "b": torch.tensor([7, 9], dtype=torch.uint16)}
+    checkpoint = load(saved(state, tmp_path / "a.pth"))
+    for key, wanted in state.items():
+        assert checkpoint.tensors[key].read().dtype == wanted.dtype
+        assert checkpoint.tensors[key].read().float().tolist() == wanted.float().tolist()
+
+
+def test_a_type_that_is_not_understood_matters_only_where_it_is_needed(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+    same(load(saved({"model": STATE, "calibration": quantized}, tmp_path / "a.pth")), STATE)
+
+
+@pytest.mark.parametrize("extra", ["pathlib", "namespace", "partial", "own package"])
+def test_what_training_scripts_store_beside_the_weights(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content: Any
+    if extra == "pathlib":
+        content = argparse.Namespace(output=Path("runs/1"), when=datetime.date(2026, 1, 1), device=torch.device("cpu"))
+    elif extra == "namespace":
+        content = types.SimpleNamespace(lr=np.float32(0.1), seed=np.arange(3), dtype=torch.float16)
+    elif extra == "partial":
+        content = functools.partial(nn.GELU, approximate="tanh")
+    else:
+        module = types.ModuleType("code.models")
+        module.Net = type("Net", (), {"__module__": "code.models"})  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "code.models", module)
+        content = module.Net()
+    same(load(saved({"state_dict": STATE, "extra": content}, tmp_path / "a.pth")), STATE)
+
+
+def test_an_averaged_model_is_the_model(tmp_path: Path) -> None:
+    model = Net()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    same(load(saved(averaged.state_dict(), tmp_path / "a.pth")), dict(model.state_dict()))
+
+
+def test_text_from_the_file_cannot_act_on_the_terminal(tmp_path: Path) -> None:
+    assert load(saved({"arch": "a\x1b[2J\nb", "model": STATE}, tmp_path / "a.pth")).architecture == "a\\x1b[2J\\nb"
+    with pytest.raises(UnreadableCheckpoint, match="cannot be printed"):
+        load(saved({"w\x1b[2J": torch.ones(2)}, tmp_path / "b.pth"))
 
 
 def test_a_cycle_is_no_endless_loop(tmp_path: Path) -> None:
