@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -142,8 +143,11 @@ def _in_child(
         assert child.stdin is not None
         assert child.stdout is not None
         assert child.stderr is not None
-        child.stdin.write(json.dumps(request))
-        child.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # a child that died at once says why by its exit status
+            child.stdin.write(json.dumps(request))
+            child.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
         for line in child.stdout:
             answer = json.loads(line)
             if "row" in answer:

@@ -5,53 +5,37 @@ Fusing streams: one block's tensors are in memory at a time, and reading, squeez
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from repdeploy import gates
 from repdeploy.algebra import Conv, Linear
-from repdeploy.bundle import (
-    BENCH,
-    REFERENCES,
-    SUFFIX,
-    WEIGHTS,
-    Bundle,
-    check_target,
-    new_bundle,
-    save_references,
-    write_text,
-)  # fmt: skip
+from repdeploy.bundle import BENCH, REFERENCES, SUFFIX, WEIGHTS, check_target, new_bundle, save_references, write_text
 from repdeploy.bundle import MANIFEST as MANIFEST_FILE
 from repdeploy.checkpoint import Checkpoint, StoredTensor
-from repdeploy.checkpoint.load import printable
-from repdeploy.checkpoint.other_files import read_safetensors
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import CannotSqueeze, InputError, UsageError, VerificationFailed
-from repdeploy.facts import Facts, Setting, parse_settings, settings_of
+from repdeploy.facts import Facts, Setting
 from repdeploy.family import NORM_EPS, Family
-from repdeploy.keys import inside
-from repdeploy.network import build
+from repdeploy.inspection import describe_blocks, recognised, source_record
+from repdeploy.keys import Keys, inside
 from repdeploy.progress import Progress, each
-from repdeploy.rebuild import fact_kinds, not_finite, reader, rebuilt
-from repdeploy.recognise import COUNTER, Plan, Recognition, Slot, Table, arch_settings, keys_of, recognise
+from repdeploy.proof import prove_network
+from repdeploy.rebuild import not_finite, reader
+from repdeploy.recognise import COUNTER, Recognition, Slot, keys_of
 from repdeploy.records import (
     ASSUMED,
-    BlockReport,
     Check,
     Conversion,
     Dtype,
     Gates,
-    Inspection,
+    Grade,
     Manifest,
-    Source,
     TensorShape,
     Verdict,
     to_json,
@@ -81,46 +65,6 @@ class Request:
     command: str = "repdeploy convert"
 
 
-def read_facts(
-    checkpoint: Checkpoint, families: Sequence[Family], settings: Iterable[str], arch: str | None
-) -> tuple[Facts, str | None]:
-    """The facts that were stated, and the official name of `arch`."""
-    official, settled = arch_settings(arch, families)
-    stated = parse_settings(settings, fact_kinds(families))
-    return Facts((*stated, *settled), checkpoint.attributes), official
-
-
-def describe(
-    checkpoint: Checkpoint,
-    hashing: Digest,
-    families: Sequence[Family],
-    family: str | None,
-    arch: str | None,
-    settings: tuple[str, ...],
-) -> Inspection:
-    """What a checkpoint holds, from names and shapes; no numbers are read."""
-    facts, official = read_facts(checkpoint, families, settings, arch)
-    found = recognise(checkpoint.tensors, families, facts, family=family, stored_name=checkpoint.architecture, arch=official)
-    _all_settings_used(facts, found)
-    reports, before, after = describe_blocks(checkpoint, found)
-    used = {key for slot in found.slots for key in slot.consumed}
-    outside = () if found.plan else tuple(key for key in checkpoint.tensors if key not in used and not key.endswith(COUNTER))
-    return Inspection(
-        source=source_record(checkpoint, hashing.result()),
-        matches=found.matches,
-        skeletons=found.skeletons,
-        family=found.family,
-        architecture=found.architecture,
-        blocks=reports,
-        facts=facts.record(),
-        parameters_before=before,
-        parameters_after=after,
-        already_deployed=found.already_deployed,
-        left_alone=outside,
-        notes=found.notes,
-    )
-
-
 def convert(
     checkpoint: Checkpoint,
     hashing: Digest,
@@ -133,86 +77,25 @@ def convert(
 
     Raises the errors of `recognise`, UsageError for the target, VerificationFailed when a gate fails.
     """
-    facts, official = read_facts(checkpoint, families, request.settings, request.arch)
     progress("recognising", 0, 1)
-    recognition = recognise(
-        checkpoint.tensors,
-        families,
-        facts,
-        family=request.family,
-        stored_name=checkpoint.architecture,
-        arch=official,
-        input_shape=_image(request.input_shape),
+    recognition, facts = recognised(
+        checkpoint, families, request.family, request.arch, request.settings, _image(request.input_shape)
     )
-    _all_settings_used(facts, recognition)
+    described = _described(checkpoint, recognition, facts, hashing, request)
     fusable = [slot for slot in recognition.slots if slot.form == "training"]
     if not fusable:
-        return Conversion(None, _describe_only(checkpoint, recognition, facts, hashing, request), already_deployed=True)
-    existing = None if request.dry_run else _may_write(target, hashing, checkpoint, request)
+        return Conversion(None, described, already_deployed=True)
     if request.dry_run:
-        return Conversion(None, _describe_only(checkpoint, recognition, facts, hashing, request))
+        return Conversion(None, described)
+    existing = _may_write(target, described, request)
     with new_bundle(target) as folder:
-        manifest = _fill(folder, checkpoint, recognition, facts, hashing, families, request, progress)
+        manifest = _fill(folder, checkpoint, recognition, facts, described, families, request, progress)
         if not manifest.verdict.passed:
             _report_failure(folder, target, manifest, request)
         if existing is not None:
             manifest = _keep_artifacts(target, folder, existing, manifest)
         write_text(folder / MANIFEST_FILE, to_json(manifest))
     return Conversion(target, manifest)
-
-
-def prove_again(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    families: Sequence[Family],
-    shape: tuple[int, ...] | None,
-    seed: int,
-    progress: Progress,
-) -> list[Check]:
-    """Every gate anew, on other images: the checkpoint, described with the recorded facts, against the stored weights."""
-    manifest = bundle.manifest
-    facts = Facts(settings_of(manifest.facts, fact_kinds(families)))
-    image = _image(shape) or (manifest.gate_shape or None)
-    recognition = recognise(checkpoint.tensors, families, facts, family=manifest.family, input_shape=image)  # type: ignore[arg-type]
-    read, keys, written = reader(checkpoint.tensors), keys_of(checkpoint.tensors), bundle.tensors()
-    checks: list[Check] = []
-    with gates.exact_arithmetic():
-        for slot in each(progress, "proving blocks", [slot for slot in recognition.slots if slot.form == "training"]):
-            expression = slot.describe(read, facts, keys)
-            fused = expression.squeeze().zero_filled()
-            checks.append(gates.algebra(slot.name, expression, fused, seed))
-            pairs = zip(slot.deploy_keys, (fused.weight, _bias(fused)), strict=True)
-            stored = gates.stored_gate((key, exact, written[key].read()) for key, exact in pairs)
-            checks.append(replace(stored, subject=slot.name))
-    if recognition.plan is not None:
-        weights = bundle.path / WEIGHTS
-        checks += _prove_network(weights, checkpoint, recognition.plan, facts, families, None, seed, progress)[0]
-    return checks
-
-
-def describe_blocks(checkpoint: Checkpoint, recognition: Recognition) -> tuple[tuple[BlockReport, ...], int, int]:
-    """Every block from its shapes alone, and the parameters before and after."""
-    reports = tuple(_block_report(slot, checkpoint.tensors, None) for slot in recognition.slots)
-    before = sum(_parameters(checkpoint.tensors, [key]) for key in checkpoint.tensors)
-    gone = [key for key in checkpoint.tensors if any(inside(key, name) for name in recognition.dropped)]
-    after = before - _parameters(checkpoint.tensors, gone) - sum(r.parameters_before - r.parameters_after for r in reports)
-    return reports, before, after
-
-
-def source_record(checkpoint: Checkpoint, sha256: str) -> Source:
-    return Source(
-        file=printable(checkpoint.path.name),
-        sha256=sha256,
-        bytes=checkpoint.path.stat().st_size,
-        container=checkpoint.container,
-        weights=checkpoint.weights,
-        where=checkpoint.where,
-        prefix=checkpoint.prefix,
-        has_ema=checkpoint.has_ema,
-        others=checkpoint.others,
-        architecture=checkpoint.architecture,
-        inert=tuple(sorted(checkpoint.inert)),
-    )
 
 
 def tool_versions() -> dict[str, str]:
@@ -225,21 +108,12 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def _all_settings_used(facts: Facts, recognition: Recognition) -> None:
-    """Raises UsageError for a --set that no block read: a typo must not pass for an answer."""
-    for setting in facts.unused():
-        raise UsageError(
-            f"--set {setting.scope + '.' if setting.scope else ''}{setting.name}={setting.value} changed nothing",
-            hint=f"blocks here are {_some(slot.name or '(root)' for slot in recognition.slots)}; "
-            f"facts they read: {', '.join(sorted({fact.name for fact in facts.record()}))}",
-        )
-
-
-def _may_write(target: Path, hashing: Digest, checkpoint: Checkpoint, request: Request) -> Manifest | None:
+def _may_write(target: Path, described: Manifest, request: Request) -> Manifest | None:
+    """The bundle of the same source that stands at the target, if any. Raises UsageError for one of another source."""
     existing = check_target(target, request.force)
     if existing is None:
         return None
-    same = existing.source.sha256 == hashing.result() and existing.source.weights == checkpoint.weights
+    same = (existing.source.sha256, existing.source.weights) == (described.source.sha256, described.source.weights)
     if not same and not request.force:
         raise UsageError(
             f"{target} was made from another source: {existing.source.file} ({existing.source.weights} weights)",
@@ -248,64 +122,80 @@ def _may_write(target: Path, hashing: Digest, checkpoint: Checkpoint, request: R
     return existing if same else None
 
 
-def _fill(
-    folder: Path,
-    checkpoint: Checkpoint,
-    recognition: Recognition,
-    facts: Facts,
-    hashing: Digest,
-    families: Sequence[Family],
-    request: Request,
-    progress: Progress,
-) -> Manifest:
-    """Write weights and references into a folder and return what the manifest will say."""
-    outcome = _fuse(folder / WEIGHTS, checkpoint, recognition, facts, request, progress)
-    checks, plan = list(outcome.checks), recognition.plan
-    grade: Literal["anchored", "self-consistent", "blocks only"] = "blocks only"
-    references_sha256 = None
-    warnings = list(outcome.warnings)
-    if plan is not None and request.gates == "all":
-        grade = "anchored" if request.expect is not None else "self-consistent"
-        network_checks, images, reference = _prove_network(
-            folder / WEIGHTS, checkpoint, plan, facts, families, request.expect, request.seed, progress
-        )
-        checks += network_checks
-        save_references(folder / REFERENCES, {plan.gate_shape: (images.numpy(), reference.numpy())})
-        references_sha256 = digest(folder / REFERENCES)
-    elif request.expect is not None:
-        raise InputError(
-            "--expect compares whole networks, and "
-            + ("--gates blocks leaves them out" if plan else "only blocks are known here"),
-            hint="leave --expect out" + (" or use --gates all" if plan else ""),
-        )
+def _described(checkpoint: Checkpoint, recognition: Recognition, facts: Facts, hashing: Digest, request: Request) -> Manifest:
+    """The manifest before anything was proved or written: all that a dry run has to say."""
     reports, before, after = describe_blocks(checkpoint, recognition)
-    residuals = {check.subject: check.error for check in outcome.checks if check.gate == "algebra"}
-    recorded = facts.record()
+    plan, recorded = recognition.plan, facts.record()
+    shape = request.input_shape or ((1, plan.channels, plan.skeleton.side, plan.skeleton.side) if plan else ())
     return Manifest(
         source=source_record(checkpoint, hashing.result()),
         family=recognition.family,
         families=recognition.families,
         architecture=recognition.architecture,
         skeleton=plan.skeleton.name if plan else None,
-        input_shape=_input_shape(plan, request),
+        input_shape=shape,
         gate_shape=plan.gate_shape if plan else (),
         facts=recorded,
-        blocks=tuple(replace(report, residual=residuals.get(report.name)) for report in reports),
-        copied=outcome.copied,
-        dropped=outcome.dropped,
+        blocks=reports,
+        copied=(),
+        dropped=tuple(recognition.dropped.items()),
         parameters_before=before,
         parameters_after=after,
-        verdict=Verdict(
-            all(check.passed for check in checks), grade, tuple(checks),
-            tuple(fact for fact in recorded if fact.origin in ASSUMED), tuple(warnings),
-        ),
+        verdict=Verdict(False, "blocks only", (), tuple(fact for fact in recorded if fact.origin in ASSUMED)),
         training={key: TensorShape(t.shape, str(t.dtype).removeprefix("torch.")) for key, t in checkpoint.tensors.items()},
-        weights_sha256=outcome.sha256,
-        references_sha256=references_sha256,
+        weights_sha256="",
+        references_sha256=None,
         command=request.command,
         tools=tool_versions(),
         notes=recognition.notes,
-    )  # fmt: skip
+    )
+
+
+def _fill(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recognition: Recognition,
+    facts: Facts,
+    described: Manifest,
+    families: Sequence[Family],
+    request: Request,
+    progress: Progress,
+) -> Manifest:
+    """Write weights and references into a folder and return what the manifest will say."""
+    plan = recognition.plan
+    if request.expect is not None and (plan is None or request.gates == "blocks"):
+        raise InputError(
+            "--expect compares whole networks, and "
+            + ("--gates blocks leaves them out" if plan else "only blocks are known here"),
+            hint="leave --expect out" + (" or use --gates all" if plan else ""),
+        )
+    fused = _fuse(folder / WEIGHTS, checkpoint, recognition, facts, request, progress)
+    checks, references_sha256 = list(fused.checks), None
+    grade: Grade = "blocks only"
+    if plan is not None and request.gates == "all":
+        grade = "anchored" if request.expect is not None else "self-consistent"
+        network_checks, images, reference = prove_network(
+            folder / WEIGHTS, checkpoint, plan, facts, families, request.expect, request.seed, progress
+        )
+        checks += network_checks
+        save_references(folder / REFERENCES, {plan.gate_shape: (images.numpy(), reference.numpy())})
+        references_sha256 = digest(folder / REFERENCES)
+    residuals = {check.subject: check.error for check in fused.checks}
+    return replace(
+        described,
+        blocks=tuple(replace(report, residual=residuals.get(report.name)) for report in described.blocks),
+        copied=fused.copied,
+        dropped=fused.dropped,
+        verdict=replace(
+            described.verdict,
+            passed=all(check.passed for check in checks),
+            grade=grade,
+            checks=tuple(checks),
+            warnings=fused.warnings,
+        ),
+        weights_sha256=fused.sha256,
+        references_sha256=references_sha256,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,10 +247,10 @@ def _fuse(
                 raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
             checks.append(gates.algebra(name, expression, fused, request.seed))
             if recognition.plan is None and _assumes_eps(facts, name):
-                largest_change = max(largest_change, _change_at(slot, read, facts, tensors, fused))
+                largest_change = max(largest_change, _change_at(slot, read, facts, keys, fused))
             weight, bias = slot.deploy_keys
             writer.write(weight, fused.weight.to(dtype))
-            writer.write(bias, _bias(fused).to(dtype))
+            writer.write(bias, fused.bias_or_zero().to(dtype))
     warnings = []
     if largest_change:
         warnings.append(
@@ -369,59 +259,6 @@ def _fuse(
         )
     copied = tuple(name for name, slot in steps if slot is None)
     return _Fused(tuple(checks), copied, tuple(dropped), writer.sha256, tuple(warnings))
-
-
-def _prove_network(
-    weights: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    facts: Facts,
-    families: Sequence[Family],
-    expect: Path | None,
-    seed: int,
-    progress: Progress,
-) -> tuple[list[Check], Tensor, Tensor]:
-    """Gates 2, 3 and 5 on the written file, and the anchor. Returns the checks, the images and the float64 reference."""
-    steps = iter(range(5))
-
-    def step(what: str) -> None:
-        progress(what, next(steps), 5)
-
-    read = reader(checkpoint.tensors)
-    step("building both networks in float64")
-    training = build(plan, checkpoint.tensors, read, facts, squeezed=False, dtype=torch.float64)
-    fused = build(plan, checkpoint.tensors, read, facts, squeezed=True, dtype=torch.float64)
-    images = gates.gate_images(plan.gate_shape, seed)
-    step("running both networks in float64")
-    network_check, reference = gates.network_gate(training, fused, images)
-    checks = [network_check]
-    if expect is not None:
-        checks.append(gates.expectation(training, _arrays(expect)))
-    step("comparing the written file bit for bit")
-    written = read_safetensors(weights)
-    checks.append(gates.stored_gate(_stored_pairs(fused, written)))
-    del fused
-    step("running both networks in float32")
-    deploy = rebuilt(written, families, facts.record(), plan.gate_shape, squeezed=True)
-    checks.append(gates.rounding_gate(training.float(), deploy, images, reference))
-    progress("running both networks in float32", 5, 5)
-    return checks, images, reference
-
-
-def _stored_pairs(fused: torch.nn.Module, written: Mapping[str, StoredTensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
-    for name, exact in fused.state_dict().items():
-        if name in written:
-            yield name, exact, written[name].read()
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}", hint="--expect takes an .npz with the arrays input and output")
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            return dict(content)
-    except (OSError, ValueError, TypeError, EOFError) as reason:
-        raise InputError(f"{path.name} is no .npz file of plain arrays: {reason}", hint="write it with np.savez") from reason
 
 
 def _copied(key: str, tensor: StoredTensor, dtype: torch.dtype, must_be_finite: bool) -> Tensor:
@@ -433,58 +270,15 @@ def _copied(key: str, tensor: StoredTensor, dtype: torch.dtype, must_be_finite: 
     return values.to(dtype)
 
 
-def _bias(conv: Conv) -> Tensor:
-    return conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-
-
 def _assumes_eps(facts: Facts, name: str) -> bool:
     return any(fact.name == "eps" and fact.origin == "default" and name in fact.scopes for fact in facts.record())
 
 
-def _change_at(slot: Slot, read: Callable[[str], Tensor], facts: Facts, tensors: Table, fused: Conv) -> float:
+def _change_at(slot: Slot, read: Callable[[str], Tensor], facts: Facts, keys: Keys, fused: Conv) -> float:
     """How much the kernel would change, relative to its largest entry, with YOLO's eps."""
     other = Facts((*facts.settings, Setting("", "eps", YOLO_EPS)), facts.attributes)
-    changed: Linear = slot.describe(read, other, keys_of(tensors))
+    changed: Linear = slot.describe(read, other, keys)
     return gates.relative_error(changed.squeeze().weight, fused.weight)
-
-
-def _parameters(tensors: Table, keys: Iterable[str]) -> int:
-    """Trained numbers: running statistics and counters are none."""
-    statistics = ("running_mean", "running_var", COUNTER)
-    return sum(tensors[key].elements for key in keys if key.rpartition(".")[2] not in statistics)
-
-
-def _block_report(slot: Slot, tensors: Table, residual: float | None) -> BlockReport:
-    fused = slot.squeezed
-    after = math.prod(fused.weight_shape) + fused.out_channels
-    return BlockReport(
-        name=slot.name,
-        family=slot.family,
-        formula=slot.formula,
-        kernel=fused.weight_shape,
-        groups=fused.groups,
-        parameters_before=_parameters(tensors, slot.consumed),
-        parameters_after=after if slot.form == "training" else _parameters(tensors, slot.consumed),
-        source_keys=slot.consumed,
-        deploy_keys=slot.deploy_keys,
-        residual=residual,
-    )
-
-
-def _describe_only(
-    checkpoint: Checkpoint, recognition: Recognition, facts: Facts, hashing: Digest, request: Request
-) -> Manifest:
-    """What would be converted, without numbers of a proof: a dry run, or a file that is fused already."""
-    reports, before, after = describe_blocks(checkpoint, recognition)
-    plan = recognition.plan
-    return Manifest(
-        source=source_record(checkpoint, hashing.result()), family=recognition.family, families=recognition.families,
-        architecture=recognition.architecture, skeleton=plan.skeleton.name if plan else None,
-        input_shape=_input_shape(plan, request), gate_shape=plan.gate_shape if plan else (), facts=facts.record(),
-        blocks=reports, copied=(), dropped=tuple(recognition.dropped.items()), parameters_before=before,
-        parameters_after=after, verdict=Verdict(False, "blocks only", ()), training={}, weights_sha256="",
-        references_sha256=None, command=request.command, tools=tool_versions(), notes=recognition.notes,
-    )  # fmt: skip
 
 
 def _report_failure(folder: Path, target: Path, manifest: Manifest, request: Request) -> None:
@@ -521,19 +315,8 @@ def _keep_artifacts(target: Path, folder: Path, existing: Manifest, manifest: Ma
     return manifest
 
 
-def _input_shape(plan: Plan | None, request: Request) -> tuple[int, ...]:
-    if request.input_shape is not None or plan is None:
-        return request.input_shape or ()
-    return 1, plan.channels, plan.skeleton.side, plan.skeleton.side
-
-
 def _image(shape: tuple[int, ...] | None) -> tuple[int, int, int] | None:
     if shape is None:
         return None
     _, channels, height, width = shape
     return channels, height, width
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

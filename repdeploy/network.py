@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -109,25 +110,36 @@ class _Running:
         return x
 
 
-def build(
-    plan: Plan, tensors: Table, read: Callable[[str], Tensor], facts: Facts, *, squeezed: bool, dtype: torch.dtype
-) -> Network:
-    """The network over the tensors that `read` gives in float64, cast to `dtype` in the end.
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A recognised network over its tensors, in float64: an expression per slot, weight and bias per linear layer."""
 
-    `squeezed`: one convolution per slot, else the slot's expression. The same code serves training-time and deploy files.
-    """
-    layers: dict[str, tuple[str, nn.Module]] = {}
-    for slot in plan.slots.values():
-        expression = slot.describe(read, facts, plan.keys)
-        if squeezed or isinstance(expression, Conv):
-            conv = expression.squeeze().zero_filled().map(lambda tensor: tensor.to(dtype))
-            layers[slot.name] = slot.deploy_keys[0].removesuffix("weight").removesuffix("."), ConvLayer(conv)
-        else:
-            layers[slot.name] = slot.name, ExpressionLayer(expression.map(lambda tensor: tensor.to(dtype)))
-    for name in plan.linears:
-        bias = read(f"{name}.bias").to(dtype) if f"{name}.bias" in tensors else None
-        layers[name] = name, LinearLayer(read(f"{name}.weight").to(dtype), bias)
-    return Network(plan, layers).eval()
+    plan: Plan
+    expressions: Mapping[str, Linear]
+    linears: Mapping[str, tuple[Tensor, Tensor | None]]
+
+    def network(self, *, squeezed: bool, dtype: torch.dtype) -> Network:
+        """`squeezed`: one convolution per slot, else the slot's expression. Raises CannotSqueeze."""
+        layers: dict[str, tuple[str, nn.Module]] = {}
+        for name, expression in self.expressions.items():
+            if squeezed or isinstance(expression, Conv):
+                conv = expression.squeeze().zero_filled().map(lambda tensor: tensor.to(dtype))
+                path = self.plan.slots[name].deploy_keys[0].removesuffix("weight").removesuffix(".")
+                layers[name] = path, ConvLayer(conv)
+            else:
+                layers[name] = name, ExpressionLayer(expression.map(lambda tensor: tensor.to(dtype)))
+        for name, (weight, bias) in self.linears.items():
+            layers[name] = name, LinearLayer(weight.to(dtype), None if bias is None else bias.to(dtype))
+        return Network(self.plan, layers).eval()
+
+
+def describe(plan: Plan, tensors: Table, read: Callable[[str], Tensor], facts: Facts) -> Description:
+    """Describe every slot over the tensors that `read` gives in float64; training-time and deploy files alike."""
+    expressions = {name: slot.describe(read, facts, plan.keys) for name, slot in plan.slots.items()}
+    linears = {
+        name: (read(f"{name}.weight"), read(f"{name}.bias") if f"{name}.bias" in tensors else None) for name in plan.linears
+    }
+    return Description(plan, expressions, linears)
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:

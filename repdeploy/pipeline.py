@@ -29,9 +29,9 @@ def inspect(
 ) -> Inspection:
     """What a checkpoint holds, read without executing anything in it. Raises InputError, UsageError."""
     hashing = Digest(Path(checkpoint))
-    from repdeploy import fusion, registry
+    from repdeploy import inspection, registry
 
-    return fusion.describe(_load(checkpoint, family, weights), hashing, registry.families(), family, arch, tuple(set))
+    return inspection.inspect(_load(checkpoint, family, weights), hashing, registry.families(), family, arch, set)
 
 
 def convert(

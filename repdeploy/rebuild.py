@@ -13,7 +13,7 @@ from repdeploy.checkpoint import StoredTensor
 from repdeploy.errors import InputError
 from repdeploy.facts import GEOMETRY, FactKind, Facts, settings_of
 from repdeploy.family import Family
-from repdeploy.network import Network, build
+from repdeploy.network import Network, describe
 from repdeploy.recognise import Table, recognise
 from repdeploy.records import Fact, TensorShape
 
@@ -66,7 +66,7 @@ def rebuilt(
     recognition = recognise(tensors, families, known, input_shape=image)
     if recognition.plan is None:
         raise InputError("the weights are no network that is known here", hint="convert the checkpoint again")
-    return build(recognition.plan, tensors, reader(tensors), known, squeezed=squeezed, dtype=dtype)
+    return describe(recognition.plan, tensors, reader(tensors), known).network(squeezed=squeezed, dtype=dtype)
 
 
 def require_network(bundle: Bundle) -> None:

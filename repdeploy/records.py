@@ -20,6 +20,7 @@ ASSUMED: tuple[Origin, ...] = ("skeleton", "default")
 
 Dtype = Literal["float32", "float64"]
 Gates = Literal["all", "blocks"]
+Grade = Literal["anchored", "self-consistent", "blocks only"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Verdict:
     """The outcome of the gates. `grade`: "anchored" to outputs the user recorded, "self-consistent", or "blocks only"."""
 
     passed: bool
-    grade: Literal["anchored", "self-consistent", "blocks only"]
+    grade: Grade
     checks: tuple[Check, ...]
     assumed: tuple[Fact, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from repdeploy import bundle as bundles
-from repdeploy import fusion, gates
+from repdeploy import gates
 from repdeploy.bundle import Bundle
 from repdeploy.checkpoint import Checkpoint
 from repdeploy.digest import digest
@@ -18,6 +18,7 @@ from repdeploy.exporters.onnx_file import image_of
 from repdeploy.exporters.stage import onnx_checks
 from repdeploy.family import Family
 from repdeploy.progress import Progress
+from repdeploy.proof import prove_again
 from repdeploy.rebuild import deploy_network
 from repdeploy.records import Check, Verification
 from repdeploy.runtimes.onnx_cpu import OnnxSession
@@ -71,7 +72,7 @@ def again(
             f"{checkpoint.path.name} is not the checkpoint this bundle was made from ({manifest.source.file})",
             hint="give the original checkpoint, or convert this one",
         )
-    checks = fusion.prove_again(opened, checkpoint, families, shape, seed, progress)
+    checks = prove_again(opened, checkpoint, families, shape, seed, progress)
     return Verification(f"{opened.path} against {checkpoint.path.name}", tuple(checks))
 
 

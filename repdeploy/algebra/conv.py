@@ -63,6 +63,9 @@ class Conv(Linear):
     def squeeze(self, tolerance: float = FILL_TOLERANCE) -> Conv:
         return self
 
+    def bias_or_zero(self) -> Tensor:
+        return self.weight.new_zeros(self.out_channels) if self.bias is None else self.bias
+
     def zero_filled(self, tolerance: float = FILL_TOLERANCE) -> Conv:
         """The same map as a convolution whose border is zero, which is all that a runtime offers.
 

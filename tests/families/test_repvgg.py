@@ -14,7 +14,7 @@ import repdeploy
 from repdeploy.checkpoint import load
 from repdeploy.errors import IllegalInput, InputError
 from repdeploy.facts import Facts, Setting
-from repdeploy.network import Network, build
+from repdeploy.network import Network, describe
 from repdeploy.rebuild import reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
@@ -26,7 +26,7 @@ def network(path: Path, *settings: Setting, squeezed: bool = True, image: tuple[
     facts, checkpoint = Facts(settings), load(path)
     plan = recognise(checkpoint.tensors, families(), facts, input_shape=image).plan
     assert plan is not None
-    return build(plan, checkpoint.tensors, reader(checkpoint.tensors), facts, squeezed=squeezed, dtype=torch.float64)
+    return describe(plan, checkpoint.tensors, reader(checkpoint.tensors), facts).network(squeezed=squeezed, dtype=torch.float64)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -150,7 +150,7 @@ def test_a_pickled_module_tells_its_own_facts(tmp_path: Path) -> None:
     facts, checkpoint = Facts((), load(tmp_path / "module.pth").attributes), load(tmp_path / "module.pth")
     plan = recognise(checkpoint.tensors, families(), facts).plan
     assert plan is not None
-    fused = build(plan, checkpoint.tensors, reader(checkpoint.tensors), facts, squeezed=True, dtype=torch.float64)
+    fused = describe(plan, checkpoint.tensors, reader(checkpoint.tensors), facts).network(squeezed=True, dtype=torch.float64)
     with torch.no_grad():
         assert torch.allclose(fused(x), model(x), rtol=0, atol=1e-12)
 

@@ -14,7 +14,7 @@ import repdeploy
 from repdeploy.bundle import Bundle
 from repdeploy.checkpoint import load
 from repdeploy.facts import Facts
-from repdeploy.network import build
+from repdeploy.network import describe
 from repdeploy.rebuild import reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
@@ -31,7 +31,9 @@ def test_both_readings_are_the_official_training_time_network(case: Case, squeez
     facts, checkpoint = Facts(), load(case.checkpoint)
     plan = recognise(checkpoint.tensors, families(), facts).plan
     assert plan is not None
-    network = build(plan, checkpoint.tensors, reader(checkpoint.tensors), facts, squeezed=squeezed, dtype=torch.float64)
+    network = describe(plan, checkpoint.tensors, reader(checkpoint.tensors), facts).network(
+        squeezed=squeezed, dtype=torch.float64
+    )
     pairs = [("input", "output")]
     if (case.folder / "input_nonsquare.npy").exists():
         pairs.append(("input_nonsquare", "output_nonsquare"))

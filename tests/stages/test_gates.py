@@ -17,7 +17,7 @@ from repdeploy.bundle import Bundle
 from repdeploy.checkpoint import load
 from repdeploy.errors import InputError, VerificationFailed
 from repdeploy.facts import Facts
-from repdeploy.network import ConvLayer, Network, build, sample_images
+from repdeploy.network import ConvLayer, Network, describe, sample_images
 from repdeploy.rebuild import reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
@@ -31,7 +31,8 @@ def both(path: Path) -> tuple[Network, Network]:
     assert plan is not None
     read = reader(checkpoint.tensors)
     training, deploy = (
-        build(plan, checkpoint.tensors, read, facts, squeezed=squeezed, dtype=torch.float64) for squeezed in (False, True)
+        describe(plan, checkpoint.tensors, read, facts).network(squeezed=squeezed, dtype=torch.float64)
+        for squeezed in (False, True)
     )
     return training, deploy
 

@@ -1,0 +1,131 @@
+"""What a checkpoint holds, from names and shapes: its blocks, its network, the facts that were used; no numbers are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from repdeploy.checkpoint import Checkpoint
+from repdeploy.checkpoint.load import printable
+from repdeploy.digest import Digest
+from repdeploy.errors import UsageError
+from repdeploy.facts import Facts, parse_settings
+from repdeploy.family import Family
+from repdeploy.keys import inside
+from repdeploy.rebuild import fact_kinds
+from repdeploy.recognise import COUNTER, Recognition, Slot, Table, arch_settings, recognise
+from repdeploy.records import BlockReport, Inspection, Source
+
+
+def inspect(
+    checkpoint: Checkpoint,
+    hashing: Digest,
+    families: Sequence[Family],
+    family: str | None,
+    arch: str | None,
+    settings: Iterable[str],
+) -> Inspection:
+    """The whole answer of `repdeploy inspect`. Raises the errors of `recognised`."""
+    found, facts = recognised(checkpoint, families, family, arch, settings)
+    reports, before, after = describe_blocks(checkpoint, found)
+    used = {key for slot in found.slots for key in slot.consumed}
+    outside = () if found.plan else tuple(key for key in checkpoint.tensors if key not in used and not key.endswith(COUNTER))
+    return Inspection(
+        source=source_record(checkpoint, hashing.result()),
+        matches=found.matches,
+        skeletons=found.skeletons,
+        family=found.family,
+        architecture=found.architecture,
+        blocks=reports,
+        facts=facts.record(),
+        parameters_before=before,
+        parameters_after=after,
+        already_deployed=found.already_deployed,
+        left_alone=outside,
+        notes=found.notes,
+    )
+
+
+def recognised(
+    checkpoint: Checkpoint,
+    families: Sequence[Family],
+    family: str | None,
+    arch: str | None,
+    settings: Iterable[str],
+    image: tuple[int, int, int] | None = None,
+) -> tuple[Recognition, Facts]:
+    """Recognise a checkpoint with what the user stated; the facts know what was used.
+
+    Raises UsageError for a --set or --arch that means nothing here, and the errors of `recognise`.
+    """
+    official, settled = arch_settings(arch, families)
+    facts = Facts((*parse_settings(settings, fact_kinds(families)), *settled), checkpoint.attributes)
+    found = recognise(
+        checkpoint.tensors,
+        families,
+        facts,
+        family=family,
+        stored_name=checkpoint.architecture,
+        arch=official,
+        input_shape=image,
+    )
+    for setting in facts.unused():  # a typo must not pass for an answer
+        raise UsageError(
+            f"--set {setting.scope + '.' if setting.scope else ''}{setting.name}={setting.value} changed nothing",
+            hint=f"blocks here are {_some(slot.name or '(root)' for slot in found.slots)}; "
+            f"facts they read: {', '.join(sorted({fact.name for fact in facts.record()}))}",
+        )
+    return found, facts
+
+
+def describe_blocks(checkpoint: Checkpoint, recognition: Recognition) -> tuple[tuple[BlockReport, ...], int, int]:
+    """Every block from its shapes alone, and the parameters before and after."""
+    reports = tuple(_block_report(slot, checkpoint.tensors) for slot in recognition.slots)
+    before = sum(_parameters(checkpoint.tensors, [key]) for key in checkpoint.tensors)
+    gone = [key for key in checkpoint.tensors if any(inside(key, name) for name in recognition.dropped)]
+    after = before - _parameters(checkpoint.tensors, gone) - sum(r.parameters_before - r.parameters_after for r in reports)
+    return reports, before, after
+
+
+def source_record(checkpoint: Checkpoint, sha256: str) -> Source:
+    return Source(
+        file=printable(checkpoint.path.name),
+        sha256=sha256,
+        bytes=checkpoint.path.stat().st_size,
+        container=checkpoint.container,
+        weights=checkpoint.weights,
+        where=checkpoint.where,
+        prefix=checkpoint.prefix,
+        has_ema=checkpoint.has_ema,
+        others=checkpoint.others,
+        architecture=checkpoint.architecture,
+        inert=tuple(sorted(checkpoint.inert)),
+    )
+
+
+def _parameters(tensors: Table, keys: Iterable[str]) -> int:
+    """Trained numbers: running statistics and counters are none."""
+    statistics = ("running_mean", "running_var", COUNTER)
+    return sum(tensors[key].elements for key in keys if key.rpartition(".")[2] not in statistics)
+
+
+def _block_report(slot: Slot, tensors: Table) -> BlockReport:
+    fused = slot.squeezed
+    after = math.prod(fused.weight_shape) + fused.out_channels
+    return BlockReport(
+        name=slot.name,
+        family=slot.family,
+        formula=slot.formula,
+        kernel=fused.weight_shape,
+        groups=fused.groups,
+        parameters_before=_parameters(tensors, slot.consumed),
+        parameters_after=after if slot.form == "training" else _parameters(tensors, slot.consumed),
+        source_keys=slot.consumed,
+        deploy_keys=slot.deploy_keys,
+        residual=None,
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")

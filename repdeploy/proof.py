@@ -1,0 +1,107 @@
+"""Whole-network proof: the file that was written, rebuilt and held against the training-time network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from repdeploy import gates
+from repdeploy.bundle import WEIGHTS, Bundle
+from repdeploy.checkpoint import Checkpoint, StoredTensor
+from repdeploy.checkpoint.other_files import read_safetensors
+from repdeploy.errors import InputError, UsageError
+from repdeploy.facts import Facts, settings_of
+from repdeploy.family import Family
+from repdeploy.network import describe
+from repdeploy.progress import Progress, each
+from repdeploy.rebuild import fact_kinds, reader, rebuilt
+from repdeploy.recognise import Plan, keys_of, recognise
+from repdeploy.records import Check
+
+
+def prove_network(
+    weights: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    facts: Facts,
+    families: Sequence[Family],
+    expect: Path | None,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[Check], Tensor, Tensor]:
+    """Gates 2, 3 and 5 on the written file, and the anchor. Returns the checks, the images and the float64 reference."""
+    steps = iter(range(5))
+
+    def step(what: str) -> None:
+        progress(what, next(steps), 5)
+
+    read = reader(checkpoint.tensors)
+    step("building both networks in float64")
+    description = describe(plan, checkpoint.tensors, read, facts)
+    training = description.network(squeezed=False, dtype=torch.float64)
+    fused = description.network(squeezed=True, dtype=torch.float64)
+    images = gates.gate_images(plan.gate_shape, seed)
+    step("running both networks in float64")
+    network_check, reference = gates.network_gate(training, fused, images)
+    checks = [network_check]
+    if expect is not None:
+        checks.append(gates.expectation(training, _arrays(expect)))
+    step("comparing the written file bit for bit")
+    written = read_safetensors(weights)
+    checks.append(gates.stored_gate(_stored_pairs(fused, written)))
+    del fused
+    step("running both networks in float32")
+    deploy = rebuilt(written, families, facts.record(), plan.gate_shape, squeezed=True)
+    checks.append(gates.rounding_gate(training.float(), deploy, images, reference))
+    progress("running both networks in float32", 5, 5)
+    return checks, images, reference
+
+
+def _stored_pairs(fused: torch.nn.Module, written: Mapping[str, StoredTensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
+    for name, exact in fused.state_dict().items():
+        if name in written:
+            yield name, exact, written[name].read()
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", hint="--expect takes an .npz with the arrays input and output")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return dict(content)
+    except (OSError, ValueError, TypeError, EOFError) as reason:
+        raise InputError(f"{path.name} is no .npz file of plain arrays: {reason}", hint="write it with np.savez") from reason
+
+
+def prove_again(
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    families: Sequence[Family],
+    shape: tuple[int, ...] | None,
+    seed: int,
+    progress: Progress,
+) -> list[Check]:
+    """Every gate anew, on other images: the checkpoint, described with the recorded facts, against the stored weights."""
+    manifest = bundle.manifest
+    facts = Facts(settings_of(manifest.facts, fact_kinds(families)))
+    image = (shape[1:] if shape else None) or (manifest.gate_shape or None)
+    recognition = recognise(checkpoint.tensors, families, facts, family=manifest.family, input_shape=image)  # type: ignore[arg-type]
+    read, keys, written = reader(checkpoint.tensors), keys_of(checkpoint.tensors), bundle.tensors()
+    checks: list[Check] = []
+    with gates.exact_arithmetic():
+        for slot in each(progress, "proving blocks", [slot for slot in recognition.slots if slot.form == "training"]):
+            expression = slot.describe(read, facts, keys)
+            fused = expression.squeeze().zero_filled()
+            checks.append(gates.algebra(slot.name, expression, fused, seed))
+            pairs = zip(slot.deploy_keys, (fused.weight, fused.bias_or_zero()), strict=True)
+            stored = gates.stored_gate((key, exact, written[key].read()) for key, exact in pairs)
+            checks.append(replace(stored, subject=slot.name))
+    if recognition.plan is not None:
+        weights = bundle.path / WEIGHTS
+        checks += prove_network(weights, checkpoint, recognition.plan, facts, families, None, seed, progress)[0]
+    return checks
