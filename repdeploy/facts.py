@@ -133,6 +133,17 @@ class Facts:
             scopes.append(scope)
         return value
 
+    def unrecorded(self) -> Facts:
+        """The same answers, for an attempt that may come to nothing."""
+        return Facts(self.settings, self.attributes)
+
+    def absorb(self, attempt: Facts) -> None:
+        """Take over what a successful attempt used."""
+        for (name, value, origin), scopes in attempt._used.items():
+            for scope in scopes:
+                self.used(scope, name, value, origin)
+        self._touched |= attempt._touched
+
     def record(self) -> tuple[Fact, ...]:
         return tuple(Fact(name, value, origin, tuple(scopes)) for (name, value, origin), scopes in self._used.items())
 

@@ -357,7 +357,7 @@ class _Planner:
 def _fit(
     skeleton: Skeleton, tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts, input_shape: Shape | None
 ) -> Plan | NoMatch:
-    planner = _Planner(skeleton, tensors, kinds, facts)
+    planner = _Planner(skeleton, tensors, kinds, facts.unrecorded())
     try:
         channels = _input_channels(skeleton, planner)
         if input_shape is None:
@@ -375,6 +375,7 @@ def _fit(
     left = planner.left_over()
     if left:
         return NoMatch(skeleton.name, f"{len(left)} tensors have no place in it: {', '.join(left[:3])}")
+    facts.absorb(planner.facts)
     return Plan(skeleton, planner.slots, tuple(planner.linears), planner.dropped, planner.keys, channels, shape)
 
 
@@ -382,8 +383,8 @@ def _input_channels(skeleton: Skeleton, planner: _Planner) -> int:
     """The stem has one group, so its kernel's second dimension is the image's channels."""
     for name in skeleton.stems:
         if name in planner:
-            unrecorded = Facts(planner.facts.settings, planner.facts.attributes)
-            slot = _slot_at(name, planner.kinds, planner.tensors, planner.keys, unrecorded, None, 1, "skeleton")
+            aside = planner.facts.unrecorded()
+            slot = _slot_at(name, planner.kinds, planner.tensors, planner.keys, aside, None, 1, "skeleton")
             if slot is not None:
                 return slot.squeezed.in_channels
     raise NotRecognised(f"no stem: nothing known stands at {' or '.join(skeleton.stems)}")

@@ -38,11 +38,10 @@ class Net(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A network over slots. `stems`: the names its first slot may have; `input_shape`: (channels, height, width) of the
-    data set it was published for, None where the channels come from the stem."""
+    """A network over slots. `stems`: the names its first slot may have, whose kernel tells the image's channels;
+    `side`: height and width of the images it was published for."""
 
     name: str
     forward: Callable[[Net, Tensor], Tensor]
     stems: tuple[str, ...]
     side: int = 224
-    """Height and width of the images it was published for."""

@@ -70,8 +70,9 @@ def test_ten_blocks_are_counted_in_numerical_order() -> None:
 
 
 def test_a_left_over_tensor_means_another_network() -> None:
-    state = dict(repvgg().state_dict()) | {"neck.weight": torch.ones(3)}
-    found = recognised(state)
+    state, facts = dict(repvgg().state_dict()) | {"neck.weight": torch.ones(3)}, Facts()
+    found = recognised(state, facts=facts)
+    assert {fact.origin for fact in facts.record()} == {"default"}  # nothing of the attempt that failed
     assert found.plan is None
     assert isinstance(found.skeletons[0], NoMatch)
     assert "neck.weight" in found.skeletons[0].reason
