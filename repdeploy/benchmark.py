@@ -103,6 +103,11 @@ def environment(threads: int) -> dict[str, str]:
 
 def merge(bundle: Bundle, fresh: Bench) -> None:
     """Write bench.json into a bundle: rows of the same runtime, device, batch and image replace older ones."""
+    with bundle.locked():
+        _merge(bundle, fresh)
+
+
+def _merge(bundle: Bundle, fresh: Bench) -> None:
     kept = [row for row in read(bundle.path / BENCH) if _key(row) not in {_key(new) for new in fresh.rows}]
     write_text(bundle.path / BENCH, to_json(replace(fresh, rows=(*kept, *(row for row in fresh.rows if row.timings)))))
 

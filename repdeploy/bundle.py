@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ import numpy as np
 from repdeploy.checkpoint.other_files import read_safetensors
 from repdeploy.checkpoint.stored import StoredTensor
 from repdeploy.digest import digest
-from repdeploy.errors import InputError, UsageError
+from repdeploy.errors import InputError, UsageError, VerificationFailed
 from repdeploy.records import Manifest, manifest_from_json, to_json
 
 MANIFEST = "manifest.json"
@@ -22,6 +23,8 @@ WEIGHTS = "weights.safetensors"
 REFERENCES = "references.npz"
 BENCH = "bench.json"
 SUFFIX = ".repdeploy"
+FAILED = ".failed"
+"""In front of the suffix of what --keep-failed keeps; such a bundle is never taken unless it is named."""
 PARTIAL = ".partial-"
 MAX_REFERENCE_BYTES = 64 << 20
 
@@ -33,7 +36,7 @@ class Bundle:
         self.path = path
         try:
             self.manifest: Manifest = manifest_from_json((path / MANIFEST).read_text(encoding="utf-8"))
-        except FileNotFoundError as reason:
+        except (FileNotFoundError, NotADirectoryError) as reason:
             raise UsageError(f"{path} is no bundle: it has no {MANIFEST}", hint="make one with repdeploy convert") from reason
         except (ValueError, KeyError, TypeError, AttributeError) as reason:
             raise InputError(f"{path / MANIFEST} is not understood: {reason}", hint="convert the checkpoint again") from reason
@@ -45,9 +48,37 @@ class Bundle:
         """Per image shape (channels, height, width): inputs in float32 and their float64 outputs."""
         if self.manifest.references_sha256 is None:
             return {}
-        with np.load(self._intact(REFERENCES, self.manifest.references_sha256)) as arrays:
+        self._intact(REFERENCES, self.manifest.references_sha256)
+        return self.references_in(self.path)
+
+    @staticmethod
+    def references_in(folder: Path) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
+        """The references of a folder that is not a bundle yet; none where there is no file."""
+        if not (folder / REFERENCES).is_file():
+            return {}
+        with np.load(folder / REFERENCES) as arrays:
             pairs = [(arrays[name], arrays[name.replace("input", "output", 1)]) for name in arrays if name.startswith("input")]
         return {inputs.shape[1:]: (inputs, outputs) for inputs, outputs in pairs}
+
+    def require_verified(self) -> None:
+        """Raises VerificationFailed for a bundle that --keep-failed left."""
+        if not self.manifest.verdict.passed:
+            first = self.manifest.verdict.failures[0]
+            raise VerificationFailed(
+                f"{self.path} failed verification at gate '{first.gate}' when it was converted",
+                hint="it was kept for a look; nothing is made from it",
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Wait until no other command writes into this bundle, and see what the last one wrote."""
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            self.manifest = Bundle(self.path).manifest
+            yield
+        finally:
+            os.close(handle)
 
     def write_manifest(self, manifest: Manifest) -> None:
         write_text(self.path / MANIFEST, to_json(manifest))
@@ -64,7 +95,9 @@ class Bundle:
 
 def newest(folder: Path) -> Path:
     """The bundle in a folder whose manifest was written last. Raises UsageError when there is none."""
-    found = [path for path in folder.glob(f"*{SUFFIX}") if (path / MANIFEST).is_file()]
+    found = [
+        path for path in folder.glob(f"*{SUFFIX}") if (path / MANIFEST).is_file() and not path.name.endswith(FAILED + SUFFIX)
+    ]
     if not found:
         raise UsageError(
             "there is no bundle in this folder", hint="make one with repdeploy convert CHECKPOINT, or give a bundle's path"

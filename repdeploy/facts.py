@@ -83,7 +83,9 @@ def parse_settings(texts: Iterable[str], kinds: Iterable[FactKind]) -> tuple[Set
         try:
             settings.append(Setting(scope, name, table[name].parse(value.strip())))
         except ValueError as reason:
-            raise UsageError(f"--set {text}: {value!r} is not {reason}", hint=table[name].meaning) from reason
+            raise UsageError(
+                f"--set {text}: {value!r} is no value of {name}", hint=f"{name}: {table[name].meaning}"
+            ) from reason
     return tuple(settings)
 
 

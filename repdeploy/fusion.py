@@ -10,12 +10,24 @@ from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from repdeploy import gates
 from repdeploy.algebra import Conv, Linear
-from repdeploy.bundle import BENCH, REFERENCES, SUFFIX, WEIGHTS, check_target, new_bundle, save_references, write_text
+from repdeploy.bundle import (
+    BENCH,
+    FAILED,
+    REFERENCES,
+    SUFFIX,
+    WEIGHTS,
+    Bundle,
+    check_target,
+    new_bundle,
+    save_references,
+    write_text,
+)
 from repdeploy.bundle import MANIFEST as MANIFEST_FILE
 from repdeploy.checkpoint import Checkpoint, StoredTensor
 from repdeploy.digest import Digest, digest
@@ -36,6 +48,7 @@ from repdeploy.records import (
     Gates,
     Grade,
     Manifest,
+    NoMatch,
     TensorShape,
     Verdict,
     to_json,
@@ -77,10 +90,16 @@ def convert(
 
     Raises the errors of `recognise`, UsageError for the target, VerificationFailed when a gate fails.
     """
+    expect = _recorded(request.expect)
+    if expect is not None and request.input_shape is None:
+        request = replace(request, input_shape=(1, *expect["input"].shape[1:]))
     progress("recognising", 0, 1)
     recognition, facts = recognised(
         checkpoint, families, request.family, request.arch, request.settings, _image(request.input_shape)
     )
+    if recognition.plan is None:
+        reasons = [f"{item.family} does not fit: {item.reason}" for item in recognition.skeletons if isinstance(item, NoMatch)]
+        recognition = replace(recognition, notes=(*recognition.notes, *reasons))
     described = _described(checkpoint, recognition, facts, hashing, request)
     fusable = [slot for slot in recognition.slots if slot.form == "training"]
     if not fusable:
@@ -89,7 +108,7 @@ def convert(
         return Conversion(None, described)
     existing = _may_write(target, described, request)
     with new_bundle(target) as folder:
-        manifest = _fill(folder, checkpoint, recognition, facts, described, families, request, progress)
+        manifest = _fill(folder, checkpoint, recognition, facts, described, families, request, expect, progress)
         if not manifest.verdict.passed:
             _report_failure(folder, target, manifest, request)
         if existing is not None:
@@ -159,11 +178,12 @@ def _fill(
     described: Manifest,
     families: Sequence[Family],
     request: Request,
+    expect: dict[str, np.ndarray] | None,
     progress: Progress,
 ) -> Manifest:
     """Write weights and references into a folder and return what the manifest will say."""
     plan = recognition.plan
-    if request.expect is not None and (plan is None or request.gates == "blocks"):
+    if expect is not None and (plan is None or request.gates == "blocks"):
         raise InputError(
             "--expect compares whole networks, and "
             + ("--gates blocks leaves them out" if plan else "only blocks are known here"),
@@ -173,9 +193,9 @@ def _fill(
     checks, references_sha256 = list(fused.checks), None
     grade: Grade = "blocks only"
     if plan is not None and request.gates == "all":
-        grade = "anchored" if request.expect is not None else "self-consistent"
+        grade = "anchored" if expect is not None else "self-consistent"
         network_checks, images, reference = prove_network(
-            folder / WEIGHTS, checkpoint, plan, facts, families, request.expect, request.seed, progress
+            folder / WEIGHTS, checkpoint, plan, facts, families, expect, request.seed, progress
         )
         checks += network_checks
         save_references(folder / REFERENCES, {plan.gate_shape: (images.numpy(), reference.numpy())})
@@ -261,6 +281,21 @@ def _fuse(
     return _Fused(tuple(checks), copied, tuple(dropped), writer.sha256, tuple(warnings))
 
 
+def _recorded(path: Path | None) -> dict[str, np.ndarray] | None:
+    """The arrays of --expect, read before anything else is done. Raises UsageError, InputError."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}", hint="--expect takes an .npz with the arrays input and output")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            recorded = dict(content)
+    except (OSError, ValueError, TypeError, EOFError) as reason:
+        raise InputError(f"{path.name} is no .npz file of plain arrays: {reason}", hint="write it with np.savez") from reason
+    gates.check_recorded(recorded)
+    return recorded
+
+
 def _copied(key: str, tensor: StoredTensor, dtype: torch.dtype, must_be_finite: bool) -> Tensor:
     values = tensor.read()
     if dtype not in NAMES:
@@ -285,7 +320,7 @@ def _report_failure(folder: Path, target: Path, manifest: Manifest, request: Req
     kept = ""
     if request.keep_failed:
         write_text(folder / MANIFEST_FILE, to_json(manifest))
-        failed = target.with_name(target.name.removesuffix(SUFFIX) + ".failed" + SUFFIX)
+        failed = target.with_name(target.name.removesuffix(SUFFIX) + FAILED + SUFFIX)
         if failed.exists():
             raise UsageError(f"{failed} exists already", hint="remove it and convert again")
         folder.rename(failed)
@@ -310,6 +345,11 @@ def _keep_artifacts(target: Path, folder: Path, existing: Manifest, manifest: Ma
         if source.is_file() and digest(source) == artifact.sha256:
             source.rename(folder / artifact.file)
             manifest = manifest.with_artifact(artifact)
+    old, new = Bundle(target).references(), Bundle.references_in(folder)
+    needed = {artifact.input_shape[1:] for artifact in manifest.artifacts} - set(new)
+    if needed & set(old):
+        save_references(folder / REFERENCES, new | {image: old[image] for image in needed & set(old)})
+        manifest = replace(manifest, references_sha256=digest(folder / REFERENCES))
     if (target / BENCH).is_file():
         (target / BENCH).rename(folder / BENCH)
     return manifest

@@ -28,6 +28,7 @@ PRECISION_BUDGETS = {"fp32": 1e-4, "tf32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Gate 4, per precision of the artifact."""
 EXPECT_BUDGETS = {"float64": 1e-6, "float32": 1e-4}
 """Against outputs that the user's own training code recorded, by the type they were recorded in."""
+RECORD = "np.savez('expect.npz', input=x.numpy(), output=model.eval()(x).numpy()), in float32 or float64"
 POOLED_IMAGES = 8
 """Gate 3 pools its noise over this many images: a maximum on one image gives false alarms."""
 CHUNK = 2
@@ -130,24 +131,45 @@ def artifact_check(subject: str, got: Tensor, reference: Tensor, precision: str,
 def expectation(training: Network, recorded: dict[str, np.ndarray]) -> Check:
     """The anchor: our training-time network against outputs recorded by the user's own code.
 
-    `recorded`: `input` (batch, channels, height, width) and `output`. Raises InputError where they do not fit.
+    `recorded`: `input` (batch, channels, height, width) and `output`, checked. Raises InputError where they do not fit.
     """
+    x, wanted = torch.from_numpy(recorded["input"]), torch.from_numpy(recorded["output"])
+    if x.shape[1] != training.plan.channels:
+        raise InputError(
+            f"--expect: input has shape {tuple(x.shape)}, expected (batch, {training.plan.channels}, height, width)",
+            hint=RECORD,
+        )
+    got = run_in_chunks(training, x.double())
+    if got.shape != wanted.shape:
+        raise InputError(
+            f"--expect: output has shape {tuple(wanted.shape)}, this network gives {tuple(got.shape)}", hint=RECORD
+        )
+    kind = str(wanted.dtype).removeprefix("torch.")
+    error = relative_error(got, wanted)
+    return Check("anchor", f"recorded {kind} outputs, {len(x)} images", error, EXPECT_BUDGETS[kind], failure=_not_finite(got))
+
+
+def check_recorded(recorded: dict[str, np.ndarray]) -> None:
+    """Raises InputError where recorded inputs and outputs prove nothing."""
     for name in ("input", "output"):
         if name not in recorded:
             raise InputError(
-                f"--expect needs the arrays 'input' and 'output', the file has {', '.join(recorded) or 'none'}",
-                hint="np.savez('expect.npz', input=x.numpy(), output=model.eval()(x).numpy())",
+                f"--expect needs the arrays 'input' and 'output', the file has {', '.join(recorded) or 'none'}", hint=RECORD
             )
-    x, wanted = torch.from_numpy(recorded["input"]), torch.from_numpy(recorded["output"])
-    if x.dim() != 4 or x.shape[1] != training.plan.channels:
+        values = recorded[name]
+        if values.dtype.name not in EXPECT_BUDGETS:
+            raise InputError(f"--expect: {name} has type {values.dtype}, expected float32 or float64", hint=RECORD)
+        if values.size == 0 or not np.isfinite(values).all() or not values.any():
+            what = (
+                "is empty" if values.size == 0 else "has NaN or Inf" if not np.isfinite(values).all() else "is zero everywhere"
+            )
+            raise InputError(f"--expect: {name} {what}, which proves nothing", hint=RECORD)
+    if recorded["input"].ndim != 4 or len(recorded["input"]) != len(recorded["output"]):
         raise InputError(
-            f"--expect: input has shape {tuple(x.shape)}, expected (batch, {training.plan.channels}, height, width)"
+            f"--expect: input has shape {recorded['input'].shape} and output {recorded['output'].shape}; "
+            "expected (batch, channels, height, width) and (batch, ...)",
+            hint=RECORD,
         )
-    got = run_in_chunks(training, x.double())
-    kind = "float64" if wanted.dtype == torch.float64 else "float32"
-    failure = output_failure(got, wanted)
-    error = relative_error(got, wanted) if got.shape == wanted.shape else float("inf")
-    return Check("anchor", f"recorded {kind} outputs, {len(x)} images", error, EXPECT_BUDGETS[kind], failure=failure)
 
 
 def output_failure(got: Tensor, reference: Tensor) -> str:

@@ -31,7 +31,8 @@ def inspect(
     hashing = Digest(Path(checkpoint))
     from repdeploy import inspection, registry
 
-    return inspection.inspect(_load(checkpoint, family, weights), hashing, registry.families(), family, arch, set)
+    loaded = _load(checkpoint, family, weights)
+    return inspection.inspect(loaded, hashing, registry.families(), family, arch, _several(set))
 
 
 def convert(
@@ -56,12 +57,14 @@ def convert(
 
     Raises UsageError, InputError and VerificationFailed (repdeploy.errors), each with its hint and exit status.
     """
+    _one_of("--gates", gates, ("all", "blocks"))
+    _one_of("--dtype", dtype, ("float32", "float64"))
     hashing = Digest(Path(checkpoint))
     from repdeploy import fusion, registry
     from repdeploy.bundle import SUFFIX
 
     loaded = _load(checkpoint, family, weights)
-    settings = tuple(set)
+    settings = _several(set)
     command = _command(
         "convert",
         loaded.path.name,
@@ -109,8 +112,12 @@ def verify(
     if other is not None:
         if bundle is None:
             raise UsageError("verify A B compares two artifacts; only one was given")
+        if against is not None:
+            raise UsageError("--against goes with one bundle, not with two artifacts")
         return verification.compare(Path(bundle), Path(other), families, shape, seed)
     opened = _open(bundle)
+    if against is None and shape is not None:
+        raise UsageError("--input-shape goes with --against or with two artifacts: a replay uses the recorded images")
     if against is None:
         return verification.replay(opened, families, progress)
     checkpoint = _load(against, None, opened.manifest.source.weights)
@@ -167,8 +174,7 @@ def bench(
 
     Raises UsageError, BackendMissing when nothing on that device can run, BackendFailed when a named runtime crashes.
     """
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: expected cpu or cuda")
+    _one_of("--device", device, ("cpu", "cuda"))
     if not batch or min(batch) < 1 or seconds <= 0 or (threads is not None and threads < 1):
         raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
     shape = parse_shape(input_shape)
@@ -183,6 +189,7 @@ def bench(
         image = image_of_file(path, shape)
     else:
         require_network(opened)
+        opened.require_verified()
         image = check_image(opened, registry.families(), shape or opened.manifest.input_shape)
     result = benchmark.bench(
         path,
@@ -253,9 +260,17 @@ def _load(path: PathLike, family: str | None, weights: str) -> Checkpoint:
 
     if family is not None:
         registry.require(family)
-    if weights not in ("model", "ema"):
-        raise UsageError(f"--weights {weights}: expected model or ema")
+    _one_of("--weights", weights, ("model", "ema"))
     return load(Path(path), weights)
+
+
+def _several(texts: Iterable[str]) -> tuple[str, ...]:
+    return (texts,) if isinstance(texts, str) else tuple(texts)
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{flag} {value}: expected {' or '.join(choices)}")
 
 
 def _joined(shape: Shape | None) -> str | None:

@@ -226,7 +226,7 @@ class Export:
     missing: str = ""
     hint: str = ""
     notes: tuple[str, ...] = ()
-    schema: str = "repdeploy.exporters/1"
+    schema: str = "repdeploy.export/1"
 
 
 @dataclass(frozen=True, slots=True)

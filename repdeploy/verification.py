@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +27,16 @@ from repdeploy.runtimes.onnx_cpu import OnnxSession
 
 def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Verification:
     """Every artifact of a bundle against the float64 references recorded in it."""
-    references = opened.references()
     checks: list[Check] = []
     skipped: list[str] = []
-    tensors = opened.tensors()  # raises where the file is not the one the manifest vouches for
-    checks.append(Check("stored", f"{bundles.WEIGHTS}, {len(tensors)} tensors", 0.0, 0.0, "SHA-256 differs"))
+    if not opened.manifest.verdict.passed:
+        first = opened.manifest.verdict.failures[0]
+        checks.append(replace(first, failure=first.failure or "over budget when it was converted"))
+    try:
+        tensors, references = opened.tensors(), opened.references()
+    except InputError as reason:  # a file that is not the one the manifest vouches for
+        return Verification(str(opened.path), (*checks, _damaged(bundles.WEIGHTS, str(reason))))
+    checks.append(Check("stored", f"{bundles.WEIGHTS}, {len(tensors)} tensors", 0.0, 0.0, SAME_FILE))
     if opened.manifest.skeleton is None or not references:
         skipped.append(f"no network-level reference: {opened.manifest.architecture}, gates {opened.manifest.verdict.grade}")
     for image, (inputs, outputs) in references.items():
@@ -42,10 +48,10 @@ def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Ve
     for artifact in opened.manifest.artifacts:
         progress(f"verifying {artifact.file}", 0, 1)
         path = opened.path / artifact.file
-        if not path.is_file() or digest(path) != artifact.sha256:
-            checks.append(
-                Check("artifact", artifact.file, 1.0, 0.0, "SHA-256 differs", failure="missing or changed since it was made")
-            )
+        if not path.is_file():
+            checks.append(_damaged(artifact.file, "the file is missing"))
+        elif digest(path) != artifact.sha256:
+            checks.append(_damaged(artifact.file, "the file has changed since it was made"))
         elif artifact.kind == "onnx":
             pair = references.get(artifact.input_shape[1:])
             if pair is None:
@@ -55,6 +61,13 @@ def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Ve
         else:
             skipped.append(f"{artifact.file}: nothing here runs a {artifact.kind}")
     return Verification(str(opened.path), tuple(checks), tuple(skipped))
+
+
+SAME_FILE = "SHA-256 differs"
+
+
+def _damaged(file: str, failure: str) -> Check:
+    return Check("artifact", file, float("inf"), 0.0, SAME_FILE, failure=failure)
 
 
 def again(

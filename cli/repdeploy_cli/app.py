@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -54,10 +55,13 @@ _UsageErrors: type[Exception] = next(kind for kind in typer.BadParameter.__mro__
 def run(arguments: list[str]) -> int:
     """One command; returns the exit status. An error that is not the user's passes through."""
     from repdeploy.errors import RepDeployError
-    from repdeploy_cli.render import show_error
+    from repdeploy_cli.render import show_error, show_json_error
 
+    if sys.stdout is None or sys.stderr is None:  # closed by the caller (`>&-`)
+        sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
-        status: Any = app(args=arguments, standalone_mode=False)
+        status: Any = app(args=arguments or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except typer.Exit as leave:
         return leave.exit_code
@@ -67,13 +71,21 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as reason:
+        if reason.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        show_error("the output cannot be written: no space is left", "the result itself may be complete: see the bundle")
+        return 2
     except RepDeployError as reason:
         if options.debugging():
             raise
+        show_json_error(str(reason), reason.hint, reason.exit_status)
         show_error(str(reason), reason.hint)
         return reason.exit_status
     except _UsageErrors as reason:
         message: str = reason.format_message()  # type: ignore[attr-defined]
+        show_json_error(message, "", 2)
         show_error(message.replace("Value error, ", ""), f"see repdeploy {_verb(arguments)}--help")
         return 2
 

@@ -43,8 +43,15 @@ MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the worst block; --json has them all."""
 
 
+class _Pipe(Console):
+    """A console whose reader may leave (`| head`): the application decides what that means."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def stdout() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    return _Pipe(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
 
 
 def stderr() -> Console:
@@ -56,6 +63,18 @@ def show_error(message: str, hint: str) -> None:
     console = stderr()
     console.print(Text.assemble(("error: ", "bold red"), _tidy(message)), soft_wrap=True)
     console.print(Text.assemble(("hint: ", "bold cyan"), _tidy(hint)), soft_wrap=True)
+
+
+def show_json_error(message: str, hint: str, status: int) -> None:
+    """With --json a failure is a document too."""
+    if options.as_json():
+        import json
+
+        print(
+            json.dumps(
+                {"schema": "repdeploy.error/1", "error": _tidy(message), "hint": _tidy(hint), "status": status}, indent=1
+            )
+        )
 
 
 def chosen(path: Path | None) -> Path:
@@ -110,6 +129,8 @@ def show_conversion(conversion: Conversion) -> None:
     console.print()
     console.print(_blocks(manifest.blocks))
     _parameters(console, manifest.parameters_before, manifest.parameters_after)
+    if manifest.skeleton is None and manifest.copied:
+        console.print(f"copied unchanged: {len(manifest.copied)} tensors outside the blocks, for example {manifest.copied[0]}")
     for name, reason in _grouped_by_reason(manifest.dropped):
         console.print(f"left out: {name} ({reason})")
     _facts(console, manifest.facts)
@@ -151,6 +172,9 @@ def show_verification(verification: Verification) -> int:
         console = stdout()
         console.print(Text(verification.subject, "bold"))
         console.print(_checks(verification.checks))
+        for check in verification.checks:
+            if check.failure:
+                console.print(Text(f"{check.subject}: {check.failure}", "red"))
         for reason in verification.skipped:
             console.print(Text(f"not checked: {reason}", "yellow"))
         passed = sum(check.passed for check in verification.checks)
@@ -287,10 +311,8 @@ def _summary(console: Console, source: Source, family: str, architecture: str, s
 
 def _verdict(console: Console, manifest: Manifest) -> None:
     verdict = manifest.verdict
-    head = f"{'verified' if verdict.passed else 'FAILED'}, {verdict.grade}"
-    for warning in verdict.warnings:
-        console.print(Text(f"warning: {warning}", "yellow"))
-    console.print(Text(head, "bold green" if verdict.passed else "bold red"))
+    head = "; ".join((f"{'verified' if verdict.passed else 'FAILED'}, {verdict.grade}", *verdict.warnings))
+    console.print(Text(head, "bold red" if not verdict.passed else "bold yellow" if verdict.warnings else "bold green"))
     algebra = [check for check in verdict.checks if check.gate == "algebra"]
     others = [check for check in verdict.checks if check.gate != "algebra"]
     rows = others
@@ -301,17 +323,19 @@ def _verdict(console: Console, manifest: Manifest) -> None:
         rows = [replace(worst, subject=f"{len(algebra)} blocks, the worst is {worst.subject or '(root)'}"), *others]
     console.print(_checks(rows))
     if verdict.grade == "self-consistent":
+        rests = "rests on the assumed facts above" if verdict.assumed else "has not met outputs of yours"
         console.print(
-            "self-consistent: the fusion is proved; the description behind it rests on the assumed facts above.\n"
+            f"self-consistent: the fusion is proved; the description behind it {rests}.\n"
             "Anchor it with --expect FILE.npz (input and output recorded by your training code)."
         )
 
 
 def _checks(checks: Iterable[Check]) -> Table:
-    table = _table("gate", "what~", ">error", ">budget", "~")
+    table = _table("gate", "what~", ">error", ">budget", "")
     for check in checks:
-        mark = Text("ok", "green") if check.passed else Text(check.failure or "over budget", "red")
-        table.add_row(check.gate, check.subject, _number(check.error), _number(check.budget), mark)
+        mark = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
+        error = "-" if check.failure and check.error == float("inf") else _number(check.error)
+        table.add_row(check.gate, check.subject, error, _number(check.budget), mark)
     return table
 
 
@@ -330,7 +354,7 @@ def _blocks(blocks: tuple[BlockReport, ...]) -> Table:
 
 def _block_cells(block: BlockReport, proved: bool) -> list[str]:
     out, within, height, width = block.kernel
-    fused = f"{height}x{width} {within * block.groups} -> {out}" + (f" /{block.groups}" if block.groups > 1 else "")
+    fused = f"{height}x{width} {within * block.groups} -> {out}" + (f", g={block.groups}" if block.groups > 1 else "")
     error = [f"{block.residual:.0e}"] if proved and block.residual is not None else []
     return [block.name or "(root)", block.formula, fused, f"{block.parameters_after:,}", *error]
 

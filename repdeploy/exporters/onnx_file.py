@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from repdeploy.bundle import replacing
 from repdeploy.errors import BackendFailed, RepDeployError
 from repdeploy.network import sample_images
 
+PRODUCER = "repdeploy"
 INPUT, OUTPUT = "input", "output"
 EXAMPLE_BATCH = 2
 """An example batch of 1 would be taken for a constant."""
@@ -53,7 +55,7 @@ def write_onnx(
             raise BackendFailed("torch.onnx.export returned nothing")
         model = program.model_proto
         _strip(model)
-        model.producer_name, model.producer_version = "repdeploy", ""
+        model.producer_name, model.producer_version = PRODUCER, ""
         for key, value in provenance.items():
             model.metadata_props.add(key=f"repdeploy.{key}", value=value)
         if model.ByteSize() > MAX_BYTES:
@@ -65,13 +67,26 @@ def write_onnx(
     except RepDeployError:
         raise
     except Exception as reason:  # the exporter raises whatever its many parts raise
-        text = " ".join(str(reason).split())[:300]
+        if _interrupted(reason):
+            raise KeyboardInterrupt from reason
+        text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(reason)).split())[:300]
         raise BackendFailed(f"torch.onnx.export failed: {text}", hint=f"it said: {said.getvalue()[-300:]}" if said.getvalue()
                             else "run with --debug for the whole trace") from reason  # fmt: skip
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
     opset: int = next(item.version for item in model.opset_import if item.domain == "")
     return opset
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is an ONNX file that was written here."""
+    if path.suffix != ".onnx":
+        return False
+    try:
+        producer: str = onnx.load(path, load_external_data=False).producer_name
+    except Exception:  # protobuf answers foreign bytes with errors of its own
+        return False
+    return producer == PRODUCER
 
 
 def image_of(path: Path) -> tuple[tuple[int | None, ...], str]:
@@ -81,6 +96,15 @@ def image_of(path: Path) -> tuple[tuple[int | None, ...], str]:
     first = next(item for item in graph.input if item.name not in weights)
     dims = first.type.tensor_type.shape.dim
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims), first.name
+
+
+def _interrupted(reason: BaseException | None) -> bool:
+    """Whether Ctrl-C stands behind an error: the exporter wraps whatever reaches it."""
+    while reason is not None:
+        if isinstance(reason, KeyboardInterrupt):
+            return True
+        reason = reason.__cause__ or reason.__context__
+    return False
 
 
 def _strip(model: Any) -> None:

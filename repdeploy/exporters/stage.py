@@ -12,7 +12,7 @@ import torch
 from repdeploy import gates
 from repdeploy.bundle import REFERENCES, Bundle, replacing, save_references
 from repdeploy.digest import digest
-from repdeploy.errors import VerificationFailed
+from repdeploy.errors import UsageError, VerificationFailed
 from repdeploy.exporters import onnx_file, tensorrt_engine
 from repdeploy.family import Family
 from repdeploy.progress import Progress
@@ -36,7 +36,27 @@ def export(
     command: str,
     progress: Progress,
 ) -> Export:
-    """Write ONNX (and for `trt` the engine, or all that its target machine needs)."""
+    """Write ONNX (and for `trt` the engine, or all that its target machine needs).
+
+    Raises UsageError where `output` would replace something that is no export of ours.
+    """
+    bundle.require_verified()
+    if output is not None:
+        _may_write(output)
+    with bundle.locked():
+        return _export(bundle, families, shape, trt, output, dynamic, command, progress)
+
+
+def _export(
+    bundle: Bundle,
+    families: Sequence[Family],
+    shape: tuple[int, ...],
+    trt: bool,
+    output: Path | None,
+    dynamic: str,
+    command: str,
+    progress: Progress,
+) -> Export:
     image = check_image(bundle, families, shape)
     progress("exporting ONNX", 0, 3)
     name = f"model.{PRECISION}.onnx"
@@ -53,8 +73,16 @@ def export(
     reused = (name,) if current is not None else ()
     progress("exporting ONNX", 3, 3)
     if not trt:
-        return Export(bundle.path, (onnx,), reused)
+        return Export(output.parent if output is not None else bundle.path, (onnx,), reused)
     return _tensorrt(bundle, onnx, path, image, dynamic, command, reused)
+
+
+def _may_write(output: Path) -> None:
+    """Raises UsageError where a file of somebody else stands, or no folder."""
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent}", hint="make it first, or give another -o")
+    if output.is_dir() or (output.exists() and not onnx_file.is_ours(output)):
+        raise UsageError(f"{output} exists and is no export of ours; it is left as it is", hint="give another name with -o")
 
 
 def onnx_checks(path: Path, precision: str, inputs: np.ndarray, outputs: np.ndarray, *, dynamic: bool) -> list[Check]:

@@ -6,8 +6,10 @@ import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -128,13 +130,13 @@ def test_verify_notices_every_change(repdeploy: CommandLine, ckpt: Path, tmp_pat
     (bundle / "model.fp32.onnx").write_bytes(bytes(changed))
     answer = repdeploy("verify")
     assert answer.status == 4
-    assert "changed since it was made" in " ".join(answer.stdout.split())
+    assert "model.fp32.onnx: the file has changed since it was made" in answer.stdout
     weights = bytearray((bundle / "weights.safetensors").read_bytes())
     weights[-1] ^= 1
     (bundle / "weights.safetensors").write_bytes(bytes(weights))
     answer = repdeploy("verify")
-    assert answer.status == 3
-    assert "vouches" in answer.stderr
+    assert answer.status == 4
+    assert "vouches" in answer.stdout
 
 
 def test_verify_compares_any_two_artifacts(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
@@ -161,7 +163,14 @@ def test_an_expectation_anchors_the_verdict_and_a_wrong_fact_fails_it(
     assert not (tmp_path / "wrong.repdeploy").exists()
     kept = repdeploy("convert", ckpt, "--expect", "expect.npz", "--set", "eps=0.01", "-o", "wrong.repdeploy", "--keep-failed")
     assert kept.status == 4
-    assert (tmp_path / "wrong.failed.repdeploy" / "manifest.json").exists()
+    failed = tmp_path / "wrong.failed.repdeploy"
+    assert (failed / "manifest.json").exists()
+    assert "taking the newest bundle here: ckpt.repdeploy" in repdeploy("verify").stderr
+    assert repdeploy("verify", failed).status == 4
+    for command in ("export", "bench"):
+        refused = repdeploy(command, failed)
+        assert refused.status == 4
+        assert "failed verification" in refused.stderr
 
 
 def test_blocks_of_an_unknown_network(repdeploy: CommandLine, tmp_path: Path) -> None:
@@ -170,6 +179,7 @@ def test_blocks_of_an_unknown_network(repdeploy: CommandLine, tmp_path: Path) ->
     answer = repdeploy("convert", "detector.pth", "--json")
     assert answer.status == 0, answer.stderr
     manifest = answer.json["manifest"]
+    assert "rep_vgg does not fit" in manifest["notes"][0]
     assert manifest["verdict"]["grade"] == "blocks only"
     assert "eps = 1e-05 is an assumption" in manifest["verdict"]["warnings"][0]
     assert len(manifest["blocks"]) == 6
@@ -255,3 +265,95 @@ def test_tables_fit_the_terminal(ckpt: Path, tmp_path: Path, columns: int) -> No
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "").split("\n")
     assert max(len(line) for line in lines) <= columns
     assert any("verified" in line for line in lines)
+
+
+def test_an_export_never_replaces_a_foreign_file(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
+    repdeploy("convert", ckpt, "--input-shape", "1x3x65x65")
+    before = sha256(ckpt)
+    refused = repdeploy("export", "-o", ckpt)
+    assert refused.status == 2
+    assert "is no export of ours" in refused.stderr
+    assert sha256(ckpt) == before
+    assert repdeploy("export", "-o", "nowhere/a.onnx").status == 2
+    assert repdeploy("export", "-o", "a.onnx").status == 0
+    assert repdeploy("export", "-o", "a.onnx").status == 0
+
+
+def test_a_kept_artifact_keeps_its_reference(repdeploy: CommandLine, ckpt: Path) -> None:
+    repdeploy("convert", ckpt, "--input-shape", "1x3x65x65")
+    repdeploy("export", "--input-shape", "1x3x40x40")
+    assert repdeploy("convert", ckpt, "--input-shape", "1x3x65x65").status == 0
+    answer = repdeploy("verify", "--json")
+    assert answer.status == 0
+    assert answer.json["skipped"] == []
+    assert sum("model.fp32.onnx" in check["subject"] for check in answer.json["checks"]) == 2
+
+
+def test_two_exports_at_once_leave_a_whole_bundle(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
+    repdeploy("convert", ckpt, "--input-shape", "1x3x65x65")
+    command = [sys.executable, "-m", "repdeploy", "export", "ckpt.repdeploy", "--input-shape"]
+    pair = [
+        subprocess.Popen([*command, shape], cwd=tmp_path, stdout=subprocess.DEVNULL) for shape in ("1x3x48x48", "1x3x40x40")
+    ]
+    assert [child.wait() for child in pair] == [0, 0]
+    assert repdeploy("verify").status == 0
+
+
+def test_ctrl_c_leaves_nothing_behind(ckpt: Path, tmp_path: Path) -> None:
+    """At several moments of an export, the exporter's own error handling included."""
+    CommandLine(tmp_path)("convert", ckpt, "--input-shape", "1x3x65x65")
+    before = tree(tmp_path)
+    for seconds in (0.3, 2.4, 3.0):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "repdeploy", "export", "-o", "a.onnx"],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(seconds)
+        child.send_signal(signal.SIGINT)
+        _, stderr = child.communicate()
+        if child.returncode == 0:  # it was faster
+            (tmp_path / "a.onnx").unlink()
+        else:
+            assert child.returncode in (130, -signal.SIGINT), stderr
+            assert seconds < 1 or "Traceback" not in stderr
+        assert tree(tmp_path) == before
+
+
+def test_a_reader_that_leaves_and_a_full_disk(ckpt: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m repdeploy inspect {ckpt}"
+    for redirection, status in (("| head -1; exit ${PIPESTATUS[0]}", (0, 141)), ("> /dev/full", (2,)), (">&-", (0,))):
+        run = subprocess.run(["bash", "-c", f"{command} {redirection}"], capture_output=True, text=True, check=False)
+        assert run.returncode in status, (redirection, run)
+        assert "Traceback" not in run.stderr
+
+
+def test_a_failure_is_a_json_document_too(repdeploy: CommandLine, tmp_path: Path) -> None:
+    answer = repdeploy("convert", "missing.pth", "--json")
+    assert answer.status == 2
+    assert answer.json["schema"] == "repdeploy.error/1"
+    assert answer.json["status"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a.repdeploy", "b.onnx", "--against", "c.pth"], ["ckpt.repdeploy", "--input-shape", "1x3x65x65"], ["ckpt.pth"]],
+)
+def test_verify_ignores_nothing(repdeploy: CommandLine, ckpt: Path, arguments: list[str]) -> None:
+    repdeploy("convert", ckpt, "--gates", "blocks")
+    answer = repdeploy("verify", *arguments)
+    assert answer.status == 2, answer
+    assert "Traceback" not in answer.stderr
+
+
+def test_without_arguments_the_help_is_shown(repdeploy: CommandLine) -> None:
+    assert "Commands:" in repdeploy().stdout
+
+
+def test_recorded_images_set_the_exported_size(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 67, 71)
+    with torch.no_grad():
+        np.savez(tmp_path / "expect.npz", input=x.numpy(), output=repvgg(groups=2)(x).numpy())
+    assert repdeploy("convert", ckpt, "--expect", "expect.npz", "--json").json["manifest"]["input_shape"] == [1, 3, 67, 71]

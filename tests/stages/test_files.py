@@ -175,3 +175,14 @@ def test_records_write_what_json_can_hold() -> None:
     assert Interval(1.5, 1.2, 1.8).differs
     assert not Interval(1.005, 1.001, 1.009).differs
     assert not Interval(1.5, 0.9, 2.0).differs
+
+
+@pytest.mark.parametrize(("flag", "value"), [("gates", "foo"), ("dtype", "int8"), ("weights", "best")])
+def test_python_checks_what_the_command_line_checks(flag: str, value: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--{flag} {value}: expected"):
+        repdeploy.convert(save(repvgg(), tmp_path / "a.pth"), **{flag: value})  # type: ignore[arg-type]
+
+
+def test_one_setting_may_be_a_string(tmp_path: Path) -> None:
+    found = repdeploy.inspect(save(repvgg(), tmp_path / "a.pth"), set="eps=1e-3")
+    assert [fact.value for fact in found.facts if fact.name == "eps"] == ["0.001"]

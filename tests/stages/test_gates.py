@@ -157,10 +157,30 @@ def test_expectations_must_fit(tmp_path: Path) -> None:
     assert gates.expectation(training, {"input": x.numpy(), "output": y.numpy()}).passed
     assert gates.expectation(training, {"input": x.numpy(), "output": y.float().numpy()}).passed
     assert not gates.expectation(training, {"input": x.numpy(), "output": y.numpy() * (1 + 1e-3)}).passed
-    with pytest.raises(InputError, match="needs the arrays"):
-        gates.expectation(training, {"x": np.ones(3)})
     with pytest.raises(InputError, match="expected \\(batch, 3"):
         gates.expectation(training, {"input": x.numpy()[:, :1], "output": y.numpy()})
+    with pytest.raises(InputError, match="this network gives"):
+        gates.expectation(training, {"input": x.numpy(), "output": y.numpy()[:, :2]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("output"), "needs the arrays"),
+        (lambda a: a.update(input=a["input"][:0], output=a["output"][:0]), "input is empty"),
+        (lambda a: a.update(output=a["output"] * np.nan), "output has NaN or Inf"),
+        (lambda a: a.update(output=a["output"] * 0), "output is zero everywhere"),
+        (lambda a: a.update(output=a["output"].astype(np.float16)), "output has type float16"),
+        (lambda a: a.update(input=a["input"][0]), "expected \\(batch, channels"),
+        (lambda a: a.update(output=np.concatenate([a["output"]] * 2)), "expected \\(batch, channels"),
+    ],
+)
+def test_recorded_outputs_that_prove_nothing_are_refused(change: Any, message: str) -> None:
+    arrays = {"input": np.ones((2, 3, 9, 9), np.float32), "output": np.ones((2, 5), np.float32)}
+    gates.check_recorded(arrays)
+    change(arrays)
+    with pytest.raises(InputError, match=message):
+        gates.check_recorded(arrays)
 
 
 def test_what_is_assumed_is_listed_in_the_verdict(tmp_path: Path) -> None:
