@@ -138,6 +138,9 @@ def export(
     Without TensorRT or a GPU `trt` writes the ONNX and a build script, and the answer says what is missing.
     Raises UsageError, InputError, VerificationFailed, BackendFailed.
     """
+    _one_of("--dynamic", dynamic, ("batch", "none"))
+    if trt and output is not None:
+        raise UsageError("--output takes the ONNX out of the bundle, where --trt needs it", hint="leave one of the two out")
     from repdeploy import registry
     from repdeploy.exporters import stage
     from repdeploy.rebuild import require_network

@@ -41,40 +41,26 @@ def export(
     Raises UsageError where `output` would replace something that is no export of ours.
     """
     bundle.require_verified()
+    image = check_image(bundle, families, shape)
+    name = f"model.{PRECISION}.onnx"
+    path = output or bundle.path / name
     if output is not None:
         _may_write(output)
     with bundle.locked():
-        return _export(bundle, families, shape, trt, output, dynamic, command, progress)
-
-
-def _export(
-    bundle: Bundle,
-    families: Sequence[Family],
-    shape: tuple[int, ...],
-    trt: bool,
-    output: Path | None,
-    dynamic: str,
-    command: str,
-    progress: Progress,
-) -> Export:
-    image = check_image(bundle, families, shape)
-    progress("exporting ONNX", 0, 3)
-    name = f"model.{PRECISION}.onnx"
-    path = output or bundle.path / name
-    current = _current(bundle, name, shape, dynamic) if output is None else None
-    if current is not None:
+        progress("exporting ONNX", 0, 3)
+        current = _current(bundle, name, shape, dynamic) if output is None else None
         onnx = current
-    else:
-        inputs, outputs = _references(bundle, families, image, progress)
-        network = deploy_network(bundle, families, image)
-        onnx = _write_onnx(bundle, network, path, image, shape, dynamic, command, inputs, outputs, progress)
-        if output is None:
-            bundle.write_manifest(bundle.manifest.with_artifact(onnx))
-    reused = (name,) if current is not None else ()
-    progress("exporting ONNX", 3, 3)
-    if not trt:
-        return Export(output.parent if output is not None else bundle.path, (onnx,), reused)
-    return _tensorrt(bundle, onnx, path, image, dynamic, command, reused)
+        if onnx is None:
+            inputs, outputs = _references(bundle, families, image, progress)
+            network = deploy_network(bundle, families, image)
+            onnx = _write_onnx(bundle, network, path, image, shape, dynamic, command, inputs, outputs, progress)
+            if output is None:
+                bundle.write_manifest(bundle.manifest.with_artifact(onnx))
+        reused = (name,) if current is not None else ()
+        progress("exporting ONNX", 3, 3)
+        if not trt:
+            return Export(path.parent, (onnx,), reused)
+        return _tensorrt(bundle, onnx, path, image, dynamic, command, reused)
 
 
 def _may_write(output: Path) -> None:
