@@ -80,11 +80,6 @@ def bench(
     return Bench(subject.name, tuple(_judged(row) for row in rows), environment(threads), notes=tuple(notes))
 
 
-def has_device(device: str) -> bool:
-    """Whether any runtime can run there."""
-    return any(item.device == device and item.missing() is None for item in RUNTIMES)
-
-
 def environment(threads: int) -> dict[str, str]:
     """The conditions that every row shares."""
     found = {

@@ -1,7 +1,7 @@
 """Every error a user can meet. Each carries its exit status and two lines: what happened, and what to do.
 
-Exit statuses: 2 usage, 3 input not understood, 4 verification failed, 5 a backend is missing, 6 a backend failed,
-7 benchmark too unstable, 8 slower than the baseline. Anything that is not a RepDeployError is a bug of ours (status 1).
+Exit statuses: 2 usage, 3 input not understood, 4 verification failed, 5 a backend is missing, 6 a backend failed.
+Anything that is not a RepDeployError is a bug of ours (status 1).
 """
 
 from __future__ import annotations
@@ -78,9 +78,3 @@ class BackendFailed(RepDeployError):
 
     exit_status = 6
     usual_hint = "run again with --debug for the whole trace"
-
-
-class Unstable(RepDeployError):
-    """The machine was too noisy for the benchmark to mean anything (`--strict`)."""
-
-    exit_status = 7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,7 +297,6 @@ class Bench:
     subject: str
     rows: tuple[BenchRow, ...]
     environment: Mapping[str, str]
-    network: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     schema: str = BENCH_SCHEMA
 
