@@ -46,6 +46,25 @@ def positive_float(text: str) -> float:
     return value
 
 
+def yes_or_no(text: str) -> bool:
+    """Raises ValueError."""
+    answers = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in answers:
+        raise ValueError("true or false")
+    return answers[text.lower()]
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """A parser for one of these names, which raises ValueError for any other."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
 GEOMETRY = (
     FactKind("eps", positive_float, "what batch norm adds to the variance, for example 1e-3"),
     FactKind("stride", positive_int, "stride of a block, for example stage3.0.stride=1"),

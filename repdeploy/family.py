@@ -9,49 +9,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from repdeploy.algebra import Conv, Identity, Linear, Norm
-from repdeploy.errors import InputError
+from repdeploy.algebra import NORM_EPS, Conv, Identity, Linear, Norm
+from repdeploy.errors import InputError, NotRecognised
 from repdeploy.facts import FactKind, Facts
 from repdeploy.keys import Keys, join
 from repdeploy.records import Origin
-from repdeploy.skeletons import Skeleton
+from repdeploy.skeletons import Architecture, Skeleton
 
-NORM_EPS = 1e-5
-"""A checkpoint does not store eps; this is torch's default, and every report states the value used."""
+Found = Literal["by key", "when named", "in a network"]
+"""What it takes to believe that a key is this block's: the key alone; the family's name on the command line (or a pickled
+module's class); a known network around it."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockKind:
     """One key layout of one block.
 
-    `anchor`: one such key, one block. `deploys_as`: where the fused convolution's weight and bias go, "" for the block's
-    own name. `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them.
+    `anchor`: one such key, one block; its kernel is the block's largest. `deploys_as`: where the fused convolution's weight
+    and bias go, "" for the block's own name, None where the official deploy model keeps the layers as they are.
+    `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether the
+    keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
+    `eps`: batch norm's by convention. `ordinary_name`: other networks use the deploy name too, so it tells nothing.
     """
 
     anchor: str
-    deploys_as: str
+    deploys_as: str | None
     describe: Callable[[Block], Linear]
     inputs: Callable[[Block], int | None] = lambda block: None
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """An official variant: blocks and widths per stage, stem included; the largest group count; facts it settles."""
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    groups: int = 1
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    fits: Callable[[Block], bool] = lambda block: True
+    found: Found = "by key"
+    classes: tuple[str, ...] = ()
+    eps: float = NORM_EPS
+    ordinary_name: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """`title`: the block as the paper writes it; `source`: where; `facts`: what only this family needs to be told."""
+    """`title`: the block as the paper writes it; `source`: where; `facts`: what only this family needs to be told;
+    `containers`: the files its repository writes."""
 
     name: str
     title: str
@@ -60,30 +60,37 @@ class Family:
     skeletons: tuple[Skeleton, ...] = ()
     architectures: Mapping[str, Architecture] = field(default_factory=dict)
     facts: tuple[FactKind, ...] = ()
+    containers: str = ""
+
+    @property
+    def all_facts(self) -> tuple[FactKind, ...]:
+        """Its own and those of its networks."""
+        return (*self.facts, *(kind for skeleton in self.skeletons for kind in skeleton.facts))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a block stands, as its network says: stride, padding (None: half the largest kernel), channels that arrive."""
+
+    in_channels: int | None = None
+    stride: int = 1
+    padding: int | None = None
+    origin: Origin = "skeleton"
 
 
 class Block:
     """The tensors under one prefix, seen by a description: parts by name, geometry as facts, all numbers in float64.
 
+    A part is a module (`rbr_dense.conv`, whose kernel is `rbr_dense.conv.weight`) or a tensor of its own (`vector`).
     Raises InputError where a part is missing, not finite, or contradicts the others.
     """
 
     def __init__(
-        self,
-        name: str,
-        kind: BlockKind,
-        keys: Keys,
-        read: Callable[[str], Tensor],
-        facts: Facts,
-        *,
-        in_channels: int | None = None,
-        stride: int = 1,
-        origin: Origin = "skeleton",
+        self, name: str, kind: BlockKind, keys: Keys, read: Callable[[str], Tensor], facts: Facts, place: Place
     ) -> None:
-        self.name, self.kind, self.facts = name, kind, facts
+        self.name, self.kind, self.facts, self.place = name, kind, facts, place
         self.consumed: list[str] = []
         self._keys, self._read = keys, read
-        self._in_channels, self._stride, self._origin = in_channels, stride, origin
 
     def path(self, part: str) -> str:
         return join(self.name, part)
@@ -98,10 +105,11 @@ class Block:
             raise InputError(f"{path} is missing, which this block needs beside {self.path(self.kind.anchor)}")
         return self._keys.shapes[path]
 
-    def _kernel(self, part: str) -> tuple[int, ...]:
-        shape = self.shape(part)
+    def kernel_shape(self, key: str) -> tuple[int, ...]:
+        """(out, in / groups, height, width). Raises InputError for anything else."""
+        shape = self.shape(key)
         if len(shape) != 4 or 0 in shape:
-            raise InputError(f"{self.path(part)} has shape {shape}; expected a kernel (out, in / groups, height, width)")
+            raise InputError(f"{self.path(key)} has shape {shape}; expected a kernel (out, in / groups, height, width)")
         return shape
 
     def tensor(self, part: str) -> Tensor:
@@ -112,80 +120,169 @@ class Block:
             self.consumed.append(path)
         return self._read(path)
 
-    @property
-    def _anchor_module(self) -> str:
-        return self.path(self.kind.anchor).removesuffix(".weight")
+    def _geometry(self, name: str, convention: int, read: Callable[[object], int], origin: Origin | None = None) -> int:
+        anchor = self.path(self.kind.anchor)
+        module = anchor.removesuffix(".weight") if anchor.endswith(".weight") else anchor.rpartition(".")[0]
+        return self.facts.resolve(
+            self.name, name, module=module, convention=convention, origin=origin or self.place.origin, read=read
+        )
 
     @property
     def stride(self) -> int:
-        return self.facts.resolve(
-            self.name, "stride", module=self._anchor_module, convention=self._stride, origin=self._origin, read=one_step
-        )
+        return self._geometry("stride", self.place.stride, one_step)
 
     @property
     def dilation(self) -> int:
-        return self.facts.resolve(
-            self.name, "dilation", module=self._anchor_module, convention=1, origin=self._origin, read=one_step
-        )
+        """Of the block's largest kernel."""
+        return self._geometry("dilation", 1, one_step)
 
     def padding(self, convention: int) -> int:
-        """The padding of the largest kernel."""
-        return self.facts.resolve(
-            self.name, "padding", module=self._anchor_module, convention=convention, origin=self._origin, read=one_number
-        )
+        """Of the block's largest kernel."""
+        return self._geometry("padding", convention if self.place.padding is None else self.place.padding, one_number)
 
     @property
     def groups(self) -> int:
-        """From the input's channels where they are known; else a stated fact; else 1, which no kernel here depends on."""
-        within = self._kernel(self.kind.anchor)[1]
+        """From the input's channels where they are known; else a stated fact; else 1, which no kernel here depends on.
+
+        Raises InputError where a stated number contradicts the shapes.
+        """
+        within = self.kernel_shape(self.kind.anchor)[1]
         told = self.kind.inputs(self)
-        if told is not None and self._in_channels is not None and told != self._in_channels:
-            raise InputError(f"{self.name} takes {told} channels by its own tensors, but its input has {self._in_channels}")
-        channels = told if told is not None else self._in_channels
-        if channels is None:
-            return self.facts.resolve(
-                self.name, "groups", module=self._anchor_module, convention=1, origin="default", read=one_step
+        if told is not None and self.place.in_channels is not None and told != self.place.in_channels:
+            raise InputError(
+                f"{self.name} takes {told} channels by its own tensors, but its input has {self.place.in_channels}"
             )
+        channels = told if told is not None else self.place.in_channels
+        if channels is None:
+            return self._geometry("groups", 1, one_step, "default")
         if channels % within:
-            raise InputError(f"{self.name}: {channels} input channels do not divide into groups of {within}")
-        return channels // within
+            # a layer that any network may have tells of another network, a block of its own kind is damaged
+            error = NotRecognised if self.kind.found == "in a network" else InputError
+            raise error(f"{self.name}: {channels} input channels do not divide into groups of {within}")
+        groups = channels // within
+        if self.facts.stated(self.name, "groups") and self._geometry("groups", groups, one_step) != groups:
+            raise InputError(
+                f"block {self.name or '(the whole file)'} has {groups} groups by its tensors, another number is stated",
+                hint="leave --set groups out: shapes tell it",
+            )
+        return groups
+
+    @property
+    def in_channels(self) -> int:
+        return self.kernel_shape(self.kind.anchor)[1] * self.groups
+
+    def undilated(self, reason: str) -> None:
+        """Raises InputError where somebody states a dilation that the block's own code does not support."""
+        if self.dilation != 1:
+            raise InputError(
+                f"block {self.name or '(the whole file)'} is said to have dilation {self.dilation}, but {reason}",
+                hint="take the dilation back; a block that was changed by hand converts with --model once it is there",
+            )
+
+    def choice(self, name: str, allowed: tuple[str, ...], convention: str | None, question: str) -> str:
+        """A fact that decides between readings of the same keys.
+
+        `allowed`: the readings these keys admit; `convention` None: it must be stated. Raises InputError where it is not, or
+        where what was stated contradicts the keys.
+        """
+        setting = self.facts.stated(self.name, name)
+        options = " or ".join(f"--set {name}={value}" for value in allowed)
+        if setting is not None and setting.value not in allowed and setting.origin != "file":
+            raise InputError(
+                f"{self.name or 'the block'}: {name}={setting.value} contradicts its keys, which allow {', '.join(allowed)}",
+                hint=f"state {options}",
+            )
+        if setting is None or setting.value not in allowed:
+            if convention is None:
+                raise InputError(f"{self.name or 'the block'}: {question}", hint=f"state it: {options}")
+            return self.facts.used(self.name, name, convention, self.place.origin)
+        return self.facts.resolve(self.name, name, convention=allowed[0])
 
     def eps(self, part: str) -> float:
         return self.facts.resolve(
-            self.name, "eps", module=self.path(part), convention=NORM_EPS, origin=self._origin, read=positive
+            self.name, "eps", module=self.path(part), convention=self.kind.eps, origin=self.place.origin, read=positive
         )
 
-    def conv(
-        self, part: str, *, stride: int | None = None, padding: int = 0, dilation: int = 1, groups: int | None = None
-    ) -> Conv:
-        """The convolution of `part`.weight (and .bias): the block's stride and groups unless given."""
-        weight_key = f"{part}.weight" if part else "weight"
-        self._kernel(weight_key)
-        weight = self.tensor(weight_key)
+    def conv(self, part: str, *, stride: int | None = None, padding: int | None = None, groups: int | None = None) -> Conv:
+        """The convolution with the kernel (and bias) of `part`: the block's stride and groups unless given.
+
+        Unless a padding is given, the kernel looks at the same centre as the block's largest one, whose padding is the
+        block's: a 1x1 beside a 3x3, a 1x5 beside a 5x5. The largest kernel's dilation is the block's.
+        Raises InputError where a kernel has no centre in common with the largest one.
+        """
+        module = f"{part}.weight" if part else "weight"
+        key = module if module in self or part not in self else part
+        *_, height, width = self.kernel_shape(key)
+        *_, tall, wide = self.kernel_shape(self.kind.anchor)
+        weight = self.tensor(key)
+        mode = self.facts.attributes.get(self.path(part), {}).get("padding_mode", "zeros")
+        if mode != "zeros" and max(height, width) > 1:
+            raise InputError(
+                f"{self.path(part)} was pickled with padding_mode = {mode!r}; only zero padding is described here",
+                hint="its kernels fuse alike, but the deploy convolution must keep the mode: save the state dict alone, "
+                "convert that block by block, and load it into a deploy model with that padding",
+            )
         bias_key = f"{part}.bias" if part else "bias"
-        bias = self.tensor(bias_key) if bias_key in self else None
+        bias = self.tensor(bias_key) if key == module and bias_key in self else None
         step = self.stride if stride is None else stride
-        return Conv(weight, bias, (step, step), (padding,) * 4, (dilation, dilation), self.groups if groups is None else groups)
+        dilation = self.dilation if (height, width) == (tall, wide) else 1
+        if padding is None:
+            if (tall - height) % 2 or (wide - width) % 2 or height > tall or width > wide:
+                raise InputError(
+                    f"{self.path(key)}: a {height}x{width} kernel does not stand at the centre of the block's {tall}x{wide} one"
+                )
+            if self.kind.found != "in a network" and not (tall % 2 and wide % 2):
+                raise InputError(f"{self.path(self.kind.anchor)}: a {tall}x{wide} kernel has no centre; odd sizes are expected")
+            whole = self.dilation
+            down = self.padding(whole * (tall // 2)) - whole * (tall // 2) + dilation * (height // 2)
+            across = self.padding(whole * (wide // 2)) - whole * (wide // 2) + dilation * (width // 2)
+        else:
+            down = across = padding
+        return Conv(
+            weight,
+            bias,
+            (step, step),
+            (down, across, down, across),
+            (dilation, dilation),
+            self.groups if groups is None else groups,
+        )
 
     def norm(self, part: str) -> Norm:
         """The batch norm of `part`; without weight and bias it has no affine part."""
-        affine = f"{part}.weight" in self
-        return Norm(
-            self.tensor(f"{part}.running_mean"),
-            self.tensor(f"{part}.running_var"),
-            self.tensor(f"{part}.weight") if affine else None,
-            self.tensor(f"{part}.bias") if affine else None,
-            self.eps(part),
-        )
+        gamma, beta = (self.tensor(key) if key in self else None for key in (join(part, "weight"), join(part, "bias")))
+        mean, var = self.tensor(join(part, "running_mean")), self.tensor(join(part, "running_var"))
+        return Norm(mean, var, gamma, beta, self.eps(part))
 
-    def conv_norm(self, part: str, *, stride: int | None = None, padding: int = 0, dilation: int = 1) -> Linear:
-        """`part`.conv, then `part`.bn."""
-        return self.conv(f"{part}.conv", stride=stride, padding=padding, dilation=dilation) >> self.norm(f"{part}.bn")
+    def conv_norm(self, part: str, conv: str = "conv", norm: str = "bn") -> Linear:
+        """`part`.conv, centred, then `part`.bn."""
+        return self.conv(f"{part}.{conv}") >> self.norm(f"{part}.{norm}")
 
     def identity(self) -> Identity:
         """The input itself, where a branch without parameters passes it on."""
-        within = self._kernel(self.kind.anchor)[1]
-        return Identity(torch.ones(within * self.groups, dtype=torch.float64, device=self.tensor(self.kind.anchor).device))
+        return Identity(torch.ones(self.in_channels, dtype=torch.float64, device=self.tensor(self.kind.anchor).device))
+
+
+def pair(conv: str, norm: str, deploys_as: str | None = None) -> BlockKind:
+    """A convolution and the norm behind it, where a known network says that they follow each other.
+
+    Kept in the deploy weights unless `deploys_as` names where the official deploy model has the folded convolution.
+    """
+
+    def describe(block: Block) -> Linear:
+        # whoever folded the norm left its shift in a bias; without either the norm is missing
+        folded = deploys_as is None and f"{norm}.running_mean" not in block and f"{conv}.bias" in block
+        return block.conv(conv) if folded else block.conv(conv) >> block.norm(norm)
+
+    def fits(block: Block) -> bool:
+        return deploys_as is None or f"{norm}.running_mean" in block
+
+    return BlockKind(f"{conv}.weight", deploys_as, describe, fits=fits, found="in a network")
+
+
+PLAIN = BlockKind("weight", None, lambda block: block.conv(""), found="in a network")
+"""A convolution that is already one, with or without a bias: squeeze-excite, for example."""
+NORM = BlockKind("running_mean", None, lambda block: block.norm(""), found="in a network")
+"""A batch norm that stands alone."""
 
 
 MAX_STEP = 1 << 16

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from repdeploy import gates
-from repdeploy.algebra import Conv, Linear
+from repdeploy.algebra import NORM_EPS, Conv, Linear
 from repdeploy.bundle import (
     BENCH,
     FAILED,
@@ -31,11 +31,12 @@ from repdeploy.bundle import (
 from repdeploy.bundle import MANIFEST as MANIFEST_FILE
 from repdeploy.checkpoint import Checkpoint, StoredTensor
 from repdeploy.digest import Digest, digest
-from repdeploy.errors import CannotSqueeze, InputError, UsageError, VerificationFailed
+from repdeploy.errors import InputError, UsageError, VerificationFailed
 from repdeploy.facts import Facts, Setting
-from repdeploy.family import NORM_EPS, Family
+from repdeploy.family import Family
 from repdeploy.inspection import describe_blocks, recognised, source_record
 from repdeploy.keys import Keys, inside
+from repdeploy.network import squeeze
 from repdeploy.progress import Progress, each
 from repdeploy.proof import prove_network
 from repdeploy.rebuild import not_finite, reader
@@ -167,6 +168,7 @@ def _described(checkpoint: Checkpoint, recognition: Recognition, facts: Facts, h
         command=request.command,
         tools=tool_versions(),
         notes=recognition.notes,
+        norms=tuple(plan.norms.items()) if plan else (),
     )
 
 
@@ -241,9 +243,9 @@ def _fuse(
     for key, tensor in tensors.items():
         slot = owner.get(key) or owner.get(key.replace(COUNTER, "running_mean"))
         if slot is not None:
-            if slot.name not in done:
-                done.add(slot.name)
-                steps.append((slot.name, slot))
+            if slot.label not in done:
+                done.add(slot.label)
+                steps.append((slot.label, slot))
                 weight, bias = slot.deploy_keys
                 table[weight] = slot.squeezed.weight_shape, dtype
                 table[bias] = (slot.squeezed.out_channels,), dtype
@@ -254,29 +256,28 @@ def _fuse(
             table[key] = tensor.shape, dtype if tensor.dtype.is_floating_point else tensor.dtype
     checks: list[Check] = []
     read = reader(tensors)
-    largest_change = 0.0
+    changes: dict[float, float] = {}
     with WeightsWriter(path, table) as writer, gates.exact_arithmetic():
         for name, slot in each(progress, "fusing and proving blocks", steps):
             if slot is None:
                 writer.write(name, _copied(name, tensors[name], table[name][1], recognition.plan is not None))
                 continue
             expression = slot.describe(read, facts, keys)
-            try:
-                fused = expression.squeeze().zero_filled()
-            except CannotSqueeze as reason:
-                raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
+            fused = squeeze(name, expression)
             checks.append(gates.algebra(name, expression, fused, request.seed))
-            if recognition.plan is None and _assumes_eps(facts, name):
-                largest_change = max(largest_change, _change_at(slot, read, facts, keys, fused))
+            if recognition.plan is None and _assumes_eps(facts, slot.name):
+                assumed = slot.kind.eps
+                changes[assumed] = max(changes.get(assumed, 0.0), _change_at(slot, read, facts, keys, fused))
             weight, bias = slot.deploy_keys
             writer.write(weight, fused.weight.to(dtype))
             writer.write(bias, fused.bias_or_zero().to(dtype))
-    warnings = []
-    if largest_change:
-        warnings.append(
-            f"eps = {NORM_EPS:g} is an assumption, no file or option states it: at {YOLO_EPS:g} (YOLO's value) the kernels "
-            f"would change by up to {largest_change:.1%}; state it with --set eps=VALUE"
-        )
+    warnings = [
+        f"eps = {assumed:g} is an assumption, no file or option states it: at {_other_eps(assumed):g} "
+        f"({'the default of torch' if assumed == YOLO_EPS else 'the value of YOLO'}) the kernels would change by up to "
+        f"{change:.1%}; state it with --set eps=VALUE"
+        for assumed, change in changes.items()
+        if change
+    ]
     copied = tuple(name for name, slot in steps if slot is None)
     return _Fused(tuple(checks), copied, tuple(dropped), writer.sha256, tuple(warnings))
 
@@ -309,9 +310,13 @@ def _assumes_eps(facts: Facts, name: str) -> bool:
     return any(fact.name == "eps" and fact.origin == "default" and name in fact.scopes for fact in facts.record())
 
 
+def _other_eps(assumed: float) -> float:
+    return NORM_EPS if assumed == YOLO_EPS else YOLO_EPS
+
+
 def _change_at(slot: Slot, read: Callable[[str], Tensor], facts: Facts, keys: Keys, fused: Conv) -> float:
-    """How much the kernel would change, relative to its largest entry, with YOLO's eps."""
-    other = Facts((*facts.settings, Setting("", "eps", YOLO_EPS)), facts.attributes)
+    """How much the kernel would change, relative to its largest entry, with the other usual eps."""
+    other = Facts((*facts.settings, Setting("", "eps", _other_eps(slot.kind.eps))), facts.attributes)
     changed: Linear = slot.describe(read, other, keys)
     return gates.relative_error(changed.squeeze().weight, fused.weight)
 

@@ -8,13 +8,15 @@ from collections.abc import Iterable, Sequence
 from repdeploy.checkpoint import Checkpoint
 from repdeploy.checkpoint.load import printable
 from repdeploy.digest import Digest
+from repdeploy.diversity import diversity
 from repdeploy.errors import UsageError
 from repdeploy.facts import Facts, parse_settings
 from repdeploy.family import Family
 from repdeploy.keys import inside
-from repdeploy.rebuild import fact_kinds
-from repdeploy.recognise import COUNTER, Recognition, Slot, Table, arch_settings, recognise
-from repdeploy.records import BlockReport, Inspection, Source
+from repdeploy.progress import Progress, each
+from repdeploy.rebuild import fact_kinds, reader
+from repdeploy.recognise import COUNTER, Recognition, Slot, Table, arch_settings, keys_of, recognise
+from repdeploy.records import BlockBranches, BlockReport, Inspection, Source
 
 
 def inspect(
@@ -24,13 +26,16 @@ def inspect(
     family: str | None,
     arch: str | None,
     settings: Iterable[str],
+    branches: bool,
+    progress: Progress,
 ) -> Inspection:
-    """The whole answer of `repdeploy inspect`. Raises the errors of `recognised`."""
+    """The whole answer of `repdeploy inspect`; `branches` reads the blocks' numbers too. Raises the errors of `recognised`."""
     found, facts = recognised(checkpoint, families, family, arch, settings)
     reports, before, after = describe_blocks(checkpoint, found)
     used = {key for slot in found.slots for key in slot.consumed}
     outside = () if found.plan else tuple(key for key in checkpoint.tensors if key not in used and not key.endswith(COUNTER))
     return Inspection(
+        branches=_branches(checkpoint, found, facts, progress) if branches else (),
         source=source_record(checkpoint, hashing.result()),
         matches=found.matches,
         skeletons=found.skeletons,
@@ -58,7 +63,7 @@ def recognised(
 
     Raises UsageError for a --set or --arch that means nothing here, and the errors of `recognise`.
     """
-    official, settled = arch_settings(arch, families)
+    official, settled = arch_settings(arch, checkpoint.architecture, families)
     facts = Facts((*parse_settings(settings, fact_kinds(families)), *settled), checkpoint.attributes)
     found = recognise(
         checkpoint.tensors,
@@ -87,6 +92,13 @@ def describe_blocks(checkpoint: Checkpoint, recognition: Recognition) -> tuple[t
     return reports, before, after
 
 
+def _branches(checkpoint: Checkpoint, found: Recognition, facts: Facts, progress: Progress) -> tuple[BlockBranches, ...]:
+    read, keys = reader(checkpoint.tensors), keys_of(checkpoint.tensors)
+    slots = [slot for slot in found.slots if slot.form == "training"]
+    steps = each(progress, "comparing branches", slots)
+    return tuple(diversity(slot.label, slot.describe(read, facts, keys)) for slot in steps)
+
+
 def source_record(checkpoint: Checkpoint, sha256: str) -> Source:
     return Source(
         file=printable(checkpoint.path.name),
@@ -113,7 +125,7 @@ def _block_report(slot: Slot, tensors: Table) -> BlockReport:
     fused = slot.squeezed
     after = math.prod(fused.weight_shape) + fused.out_channels
     return BlockReport(
-        name=slot.name,
+        name=slot.label,
         family=slot.family,
         formula=slot.formula,
         kernel=fused.weight_shape,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
+MAX_DIGITS = 10
+"""A longer number counts nothing."""
+
 
 class Keys:
     """`shapes`: per tensor key, its shape."""
@@ -18,20 +21,21 @@ class Keys:
         return frozenset(key[:end] for key in self.shapes for end in [*(i for i, c in enumerate(key) if c == "."), len(key)])
 
     @cached_property
-    def _children(self) -> Mapping[str, tuple[str, ...]]:
-        numbers: dict[str, list[int]] = {}
+    def _children(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        numbers: dict[tuple[str, str], list[int]] = {}
         for name in self.names:
             parent, _, last = name.rpartition(".")
-            if last.isdecimal():
-                numbers.setdefault(parent, []).append(int(last))
-        return {parent: tuple(f"{parent}.{i}" for i in sorted(found)) for parent, found in numbers.items()}
+            prefix = last.rstrip("0123456789")
+            if prefix != last and len(last) - len(prefix) < MAX_DIGITS:
+                numbers.setdefault((parent, prefix), []).append(int(last.removeprefix(prefix)))
+        return {place: tuple(join(place[0], f"{place[1]}{i}") for i in sorted(set(found))) for place, found in numbers.items()}
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
 
-    def children(self, name: str) -> tuple[str, ...]:
-        """The numbered names directly under a name, in numerical order."""
-        return self._children.get(name, ())
+    def children(self, name: str, prefix: str = "") -> tuple[str, ...]:
+        """The numbered names directly under a name, in numerical order; `prefix` stands in front of the number."""
+        return self._children.get((name, prefix), ())
 
 
 def join(name: str, part: str) -> str:

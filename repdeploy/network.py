@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repdeploy.algebra import Conv, Linear
+from repdeploy.errors import CannotSqueeze
 from repdeploy.facts import Facts
 from repdeploy.recognise import Plan, Table
 
@@ -88,20 +90,35 @@ class _Running:
     def __init__(self, plan: Plan, layers: Mapping[str, nn.Module], seen: dict[str, Tensor] | None = None) -> None:
         self.plan, self.layers, self.seen = plan, layers, seen
 
-    def at(self, name: str, x: Tensor, *, stride: int = 1) -> Tensor:
+    def at(
+        self,
+        name: str,
+        x: Tensor,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        before: str | None = None,
+        behind: str | None = None,
+    ) -> Tensor:
         result: Tensor = self.layers[name](x)
         if self.seen is not None:
             self.seen[name] = result
         return result
 
+    def norm(self, name: str, x: Tensor, *, why: str) -> Tensor:
+        return self.at(name, x)
+
     def linear(self, name: str, x: Tensor) -> Tensor:
         return self.at(name, x)
+
+    def fact(self, name: str, convention: Any) -> Any:
+        return self.plan.facts[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self.plan.keys
 
-    def children(self, name: str) -> tuple[str, ...]:
-        return self.plan.keys.children(name)
+    def children(self, name: str, prefix: str = "") -> tuple[str, ...]:
+        return self.plan.keys.children(name, prefix)
 
     def drop(self, name: str, reason: str) -> None:
         pass
@@ -119,13 +136,17 @@ class Description:
     linears: Mapping[str, tuple[Tensor, Tensor | None]]
 
     def network(self, *, squeezed: bool, dtype: torch.dtype) -> Network:
-        """`squeezed`: one convolution per slot, else the slot's expression. Raises CannotSqueeze."""
+        """`squeezed`: one convolution per slot (a norm that stands alone stays one), else its expression.
+
+        Raises CannotSqueeze.
+        """
         layers: dict[str, tuple[str, nn.Module]] = {}
         for name, expression in self.expressions.items():
             if squeezed or isinstance(expression, Conv):
-                conv = expression.squeeze().zero_filled().map(lambda tensor: tensor.to(dtype))
-                path = self.plan.slots[name].deploy_keys[0].removesuffix("weight").removesuffix(".")
-                layers[name] = path, ConvLayer(conv)
+                conv = squeeze(name, expression)
+            if (squeezed and name not in self.plan.norms) or isinstance(expression, Conv):
+                conv = conv.map(lambda tensor: tensor.to(dtype))
+                layers[name] = self.plan.slots[name].deploy_module, ConvLayer(conv)
             else:
                 layers[name] = name, ExpressionLayer(expression.map(lambda tensor: tensor.to(dtype)))
         for name, (weight, bias) in self.linears.items():
@@ -133,9 +154,17 @@ class Description:
         return Network(self.plan, layers).eval()
 
 
+def squeeze(name: str, expression: Linear) -> Conv:
+    """The convolution of a block, to be deployed. Raises CannotSqueeze with the block's name."""
+    try:
+        return expression.squeeze().zero_filled()
+    except CannotSqueeze as reason:
+        raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
+
+
 def describe(plan: Plan, tensors: Table, read: Callable[[str], Tensor], facts: Facts) -> Description:
     """Describe every slot over the tensors that `read` gives in float64; training-time and deploy files alike."""
-    expressions = {name: slot.describe(read, facts, plan.keys) for name, slot in plan.slots.items()}
+    expressions = {name: slot.describe_whole(read, facts, plan.keys) for name, slot in plan.slots.items()}
     linears = {
         name: (read(f"{name}.weight"), read(f"{name}.bias") if f"{name}.bias" in tensors else None) for name in plan.linears
     }

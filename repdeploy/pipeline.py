@@ -25,14 +25,24 @@ Shape = str | Sequence[int]
 
 
 def inspect(
-    checkpoint: PathLike, *, family: str | None = None, weights: str = "model", arch: str | None = None, set: Iterable[str] = ()
+    checkpoint: PathLike,
+    *,
+    family: str | None = None,
+    weights: str = "model",
+    arch: str | None = None,
+    set: Iterable[str] = (),
+    branches: bool = False,
+    progress: Progress = silent,
 ) -> Inspection:
-    """What a checkpoint holds, read without executing anything in it. Raises InputError, UsageError."""
+    """What a checkpoint holds, read without executing anything in it; `branches`: how each block's branches share its kernel.
+
+    Raises InputError, UsageError.
+    """
     hashing = Digest(Path(checkpoint))
     from repdeploy import inspection, registry
 
     loaded = _load(checkpoint, family, weights)
-    return inspection.inspect(loaded, hashing, registry.families(), family, arch, _several(set))
+    return inspection.inspect(loaded, hashing, registry.families(), family, arch, _several(set), branches, progress)
 
 
 def convert(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from repdeploy.checkpoint import Checkpoint, StoredTensor
 from repdeploy.checkpoint.other_files import read_safetensors
 from repdeploy.facts import Facts, settings_of
 from repdeploy.family import Family
-from repdeploy.network import describe
+from repdeploy.network import Description, describe, squeeze
 from repdeploy.progress import Progress, each
 from repdeploy.rebuild import fact_kinds, reader, rebuilt
 from repdeploy.recognise import Plan, keys_of, recognise
@@ -52,7 +52,7 @@ def prove_network(
         checks.append(gates.expectation(training, expect))
     step("comparing the written file bit for bit")
     written = read_safetensors(weights)
-    checks.append(gates.stored_gate(_stored_pairs(fused, written)))
+    checks.append(gates.stored_gate(_stored_pairs(description, fused, written, read, facts)))
     del fused
     step("running both networks in float32")
     deploy = rebuilt(written, families, facts.record(), plan.gate_shape, squeezed=True)
@@ -61,10 +61,23 @@ def prove_network(
     return checks, images, reference
 
 
-def _stored_pairs(fused: torch.nn.Module, written: Mapping[str, StoredTensor]) -> Iterable[tuple[str, Tensor, Tensor]]:
+def _stored_pairs(
+    description: Description,
+    fused: torch.nn.Module,
+    written: Mapping[str, StoredTensor],
+    read: Callable[[str], Tensor],
+    facts: Facts,
+) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """What should be stored beside what is. Where a block's norms are stored apart, the network has them folded in."""
+    plan = description.plan
+    apart = {key: slot for slot in plan.slots.values() if len(slot.parts) > 1 for key in slot.deploy_keys}
     for name, exact in fused.state_dict().items():
-        if name in written:
+        if name in written and name not in apart:
             yield name, exact, written[name].read()
+    for slot in dict.fromkeys(slot for slot in apart.values() if slot.form == "training"):
+        conv = squeeze(slot.label, slot.describe(read, facts, plan.keys))
+        for key, exact in zip(slot.deploy_keys, (conv.weight, conv.bias_or_zero()), strict=True):
+            yield key, exact, written[key].read()
 
 
 def prove_again(
@@ -85,11 +98,11 @@ def prove_again(
     with gates.exact_arithmetic():
         for slot in each(progress, "proving blocks", [slot for slot in recognition.slots if slot.form == "training"]):
             expression = slot.describe(read, facts, keys)
-            fused = expression.squeeze().zero_filled()
-            checks.append(gates.algebra(slot.name, expression, fused, seed))
+            fused = squeeze(slot.label, expression)
+            checks.append(gates.algebra(slot.label, expression, fused, seed))
             pairs = zip(slot.deploy_keys, (fused.weight, fused.bias_or_zero()), strict=True)
             stored = gates.stored_gate((key, exact, written[key].read()) for key, exact in pairs)
-            checks.append(replace(stored, subject=slot.name))
+            checks.append(replace(stored, subject=slot.label))
     if recognition.plan is not None:
         weights = bundle.path / WEIGHTS
         checks += prove_network(weights, checkpoint, recognition.plan, facts, families, None, seed, progress)[0]

@@ -22,7 +22,8 @@ Image = tuple[int, int, int]
 
 
 def fact_kinds(families: Iterable[Family]) -> list[FactKind]:
-    return [*GEOMETRY, *(kind for family in families for kind in family.facts)]
+    kinds = (*GEOMETRY, *(kind for family in families for kind in family.all_facts))
+    return list({kind.name: kind for kind in kinds}.values())
 
 
 def reader(tensors: Table) -> Callable[[str], Tensor]:

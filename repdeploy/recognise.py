@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +19,10 @@ from repdeploy.algebra import Geometry, Linear
 from repdeploy.checkpoint import StoredTensor
 from repdeploy.errors import CannotSqueeze, IllegalInput, InputError, NotRecognised, UsageError
 from repdeploy.facts import Facts, Setting
-from repdeploy.family import Architecture, Block, BlockKind, Family
+from repdeploy.family import NORM, PLAIN, Block, BlockKind, Family, Place
 from repdeploy.keys import Keys, inside, join
-from repdeploy.records import Match, NoMatch, Origin
-from repdeploy.skeletons import Skeleton
+from repdeploy.records import Fact, Match, NoMatch
+from repdeploy.skeletons import Architecture, Skeleton
 
 Table = Mapping[str, StoredTensor]
 Shape = tuple[int, int, int]
@@ -32,53 +34,67 @@ SIDES = (9, 17, 33, 65, 97, 129, 161, 193, 225, 257, 321, 385)
 LAST_MAP = 3
 """Gates want a last map of at least this height and width, so that it has an interior."""
 
-PLAIN = BlockKind("weight", "", lambda block: block.conv("", padding=block.shape("weight")[2] // 2))
-"""A convolution that is already one, with or without a bias: squeeze-excite, for example."""
+Form = Literal["training", "deployed", "kept"]
+"""A block that will be fused, one that was, and layers that the official deploy model keeps as they are stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One place of a network and the block found there. `form`: a training-time block, its fused form, or a plain layer."""
+    """One place of a network and the block found there. `before`, `behind`: batch norms that are stored under names of
+    their own and belong to it when it runs."""
 
     name: str
     family: str
     kind: BlockKind
-    form: str
-    in_channels: int | None
-    stride: int
-    origin: Origin
+    form: Form
+    place: Place
     consumed: tuple[str, ...]
     formula: str
     squeezed: Geometry
+    before: Slot | None = None
+    behind: Slot | None = None
+
+    @property
+    def label(self) -> str:
+        """A name that no other block has: several blocks may share the prefix they were found under."""
+        return join(self.name, self.kind.deploys_as or "") if self.kind.ordinary_name else self.name
+
+    @property
+    def deploy_module(self) -> str:
+        """Where the squeezed convolution goes."""
+        return join(self.name, self.kind.deploys_as or "")
 
     @property
     def deploy_keys(self) -> tuple[str, str]:
-        where = join(self.name, self.kind.deploys_as)
-        return join(where, "weight"), join(where, "bias")
+        return join(self.deploy_module, "weight"), join(self.deploy_module, "bias")
+
+    @property
+    def parts(self) -> tuple[Slot, ...]:
+        """Itself and the norms around it, in the order they run."""
+        return tuple(part for part in (self.before, self, self.behind) if part is not None)
 
     def describe(self, read: Callable[[str], Tensor], facts: Facts, keys: Keys) -> Linear:
-        """The block over real tensors; `read` gives them in the wanted dtype."""
-        return self.kind.describe(
-            Block(
-                self.name,
-                self.kind,
-                keys,
-                read,
-                _facts_for(self.form, facts),
-                in_channels=self.in_channels,
-                stride=self.stride,
-                origin=self.origin,
-            )
-        )
+        """The block over real tensors, without the norms around it; `read` gives them in the wanted dtype."""
+        return self.kind.describe(Block(self.name, self.kind, keys, read, _facts_for(self.kind, facts), self.place))
+
+    def describe_whole(self, read: Callable[[str], Tensor], facts: Facts, keys: Keys) -> Linear:
+        """The block between the norms around it."""
+        return reduce(Linear.__rshift__, (part.describe(read, facts, keys) for part in self.parts))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A recognised network: its skeleton, what stands at each slot, and which inputs were found legal."""
+    """A recognised network: its skeleton, what stands at each slot, and which inputs were found legal.
+
+    `norms`: batch norms that stand alone, and why; `facts`: the network's own; `stages`: per stage, its slots' names.
+    """
 
     skeleton: Skeleton
     slots: Mapping[str, Slot]
     linears: tuple[str, ...]
+    norms: Mapping[str, str]
+    facts: Mapping[str, Any]
+    stages: Mapping[str, tuple[str, ...]]
     dropped: Mapping[str, str]
     keys: Keys
     channels: int
@@ -122,7 +138,7 @@ def recognise(
 
     Raises NotRecognised when no block is found, InputError for a contradiction, IllegalInput for `input_shape`.
     """
-    found = {item.name: _matches(item, tensors) for item in families}
+    found = {item.name: _matches(item, tensors, facts, named=item.name == family) for item in families}
     matched = [item for item in families if isinstance(found[item.name], Match)]
     if family is not None:
         reason = found[family]
@@ -148,13 +164,13 @@ def recognise(
         outcome = _fit(skeleton, tensors, kinds, facts, input_shape)
         if isinstance(outcome, Plan):
             plan = outcome
-            tried.append(Match(skeleton.name, sum(slot.form != "plain" for slot in plan.slots.values())))
+            tried.append(Match(skeleton.name, sum(slot.form != "kept" for slot in plan.slots.values())))
             break
         tried.append(outcome)
     if plan is not None:
-        slots = tuple(slot for slot in plan.slots.values() if slot.form != "plain")
+        slots = tuple(slot for slot in plan.slots.values() if slot.form != "kept")
     else:
-        slots = tuple(_block_by_block(tensors, kinds, facts))
+        slots = tuple(_block_by_block(tensors, kinds, facts, family))
         if input_shape is not None and not _is_single_block(slots):
             raise NotRecognised(
                 "the network around these blocks is not known, so --input-shape has no use: "
@@ -165,7 +181,10 @@ def recognise(
         reasons = "; ".join(item.reason for item in tried if isinstance(item, NoMatch))
         raise NotRecognised(f"no whole block is in this file: {reasons}")
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
-    name, notes = _architecture(slots, matched, stored_name, arch, plan)
+    name, notes = _architecture(slots, matched, stored_name, arch, plan, facts.record())
+    left = [item.name for item in families if item not in matched and isinstance(found[item.name], Match)]
+    if left and plan is None:
+        notes += (f"blocks of {', '.join(left)} are in this file too; leave --family out to fuse all of them",)
     return Recognition(
         matches=tuple(found.values()),
         skeletons=tuple(tried),
@@ -179,16 +198,26 @@ def recognise(
     )
 
 
-def arch_settings(name: str | None, families: Iterable[Family]) -> tuple[str | None, tuple[Setting, ...]]:
-    """The official name that `--arch` means and the facts it settles. Raises UsageError for a name nobody knows."""
-    if name is None:
-        return None, ()
+def arch_settings(name: str | None, stored: str | None, families: Iterable[Family]) -> tuple[str | None, tuple[Setting, ...]]:
+    """The official name that `--arch` means, and the facts settled by it or by the name the file calls itself (a hint).
+
+    Raises UsageError for an `--arch` that nobody knows.
+    """
     table = {_plain_name(item): (item, known) for family in families for item, known in family.architectures.items()}
+    hints: Mapping[str, Any] = next((table[key][1].facts for key in _names_in(stored or "") if key in table), {})
+    settled = tuple(Setting("", fact, value, "file") for fact, value in hints.items())
+    if name is None:
+        return None, settled
     if _plain_name(name) not in table:
         known = ", ".join(item for item, _ in table.values())
         raise UsageError(f"no architecture is called {name!r}", hint=f"known: {known}")
     official, architecture = table[_plain_name(name)]
-    return official, tuple(Setting("", fact, value, "arch") for fact, value in architecture.facts.items())
+    return official, (*(Setting("", fact, value, "arch") for fact, value in architecture.facts.items()), *settled)
+
+
+def _names_in(stored: str) -> tuple[str, ...]:
+    """A stored name, whole or without the package or the weights' tag around it: "repghost.repghostnet_0_5x"."""
+    return tuple(_plain_name(part) for part in (stored, *stored.split(".")))
 
 
 def _plain_name(name: str) -> str:
@@ -199,15 +228,39 @@ def _examples(tensors: Table) -> str:
     return ", ".join(list(tensors)[:3])
 
 
-def _matches(family: Family, tensors: Table) -> Match | NoMatch:
-    training = sum(len(_prefixes(tensors, kind.anchor)) for kind in family.kinds)
-    fused = sum(
-        len(_prefixes(tensors, f"{name}.weight")) for name in dict.fromkeys(kind.deploys_as for kind in family.kinds) if name
-    )
+def _matches(family: Family, tensors: Table, facts: Facts, named: bool) -> Match | NoMatch:
+    telling = [kind for kind in family.kinds if kind.found == "by key" or (kind.found == "when named" and named)]
+    keys = keys_of(tensors)
+    training = sum(len(_standing(kind, tensors, keys)) for kind in telling)
+    training += sum(len(_pickled_as(kind, keys, facts)) for kind in family.kinds if kind not in telling)
+    deploy_names = dict.fromkeys(kind.deploys_as for kind in telling if kind.deploys_as and not kind.ordinary_name)
+    fused = sum(len(_prefixes(tensors, f"{name}.weight")) for name in deploy_names)
     if training or fused:
         return Match(family.name, training, fused)
-    anchors = " or ".join(repr(kind.anchor) for kind in family.kinds)
-    return NoMatch(family.name, f"no key ends in {anchors}")
+    anchors = " or ".join(dict.fromkeys(repr(kind.anchor) for kind in telling if not kind.ordinary_name))
+    return NoMatch(family.name, f"no key ends in {anchors}" if anchors else "no module of its class is in the file")
+
+
+def _stands_at(name: str, kind: BlockKind, keys: Keys) -> bool:
+    """Whether a block of that kind is stored under that name."""
+    return join(name, kind.anchor) in keys.shapes and kind.fits(Block(name, kind, keys, _unread, Facts(), Place()))
+
+
+def _standing(kind: BlockKind, tensors: Table, keys: Keys) -> list[str]:
+    return [name for name in _prefixes(tensors, kind.anchor) if _stands_at(name, kind, keys)]
+
+
+def _pickled_as(kind: BlockKind, keys: Keys, facts: Facts) -> list[str]:
+    """The modules of a pickled network whose class says that they are such blocks."""
+    return [
+        name
+        for name, held in facts.attributes.items()
+        if kind.classes and str(held.get("class", "")).rpartition(".")[2] in kind.classes and _stands_at(name, kind, keys)
+    ]
+
+
+def _unread(key: str) -> Tensor:
+    raise AssertionError(f"{key} was read to find out what it is")
 
 
 def _prefixes(tensors: Table, anchor: str) -> list[str]:
@@ -222,14 +275,14 @@ def _outermost(names: Iterable[str]) -> list[str]:
 
 def _deployed(kind: BlockKind) -> BlockKind:
     """The fused form of a block, as the official deploy model keeps it."""
-
-    def describe(block: Block) -> Linear:
-        kernel = block.shape(anchor)[2]
-        dilation = block.dilation
-        return block.conv(kind.deploys_as, padding=block.padding(dilation * (kernel // 2)), dilation=dilation)
-
-    anchor = join(kind.deploys_as, "weight")
-    return BlockKind(anchor, kind.deploys_as, describe)
+    where = kind.deploys_as or ""
+    return BlockKind(
+        join(where, "weight"),
+        where,
+        lambda block: block.conv(where),
+        found=kind.found,
+        ordinary_name=kind.ordinary_name,
+    )
 
 
 def _slot_at(
@@ -238,44 +291,38 @@ def _slot_at(
     tensors: Table,
     keys: Keys,
     facts: Facts,
-    in_channels: int | None,
-    stride: int,
-    origin: Origin,
+    place: Place,
 ) -> Slot | None:
     """The block under a name, described on shapes alone; None where nothing known stands there."""
-    choices = [(family.name, kind, "training") for family, kind in kinds]
+    choices: list[tuple[str, BlockKind, Form]] = [
+        (family.name, kind, "kept" if kind.deploys_as is None else "training") for family, kind in kinds
+    ]
     choices += [(family.name, _deployed(kind), "deployed") for family, kind in kinds if kind.deploys_as]
-    choices.append(("", PLAIN, "plain"))
+    choices.append(("", PLAIN, "kept"))
     for owner, kind, form in choices:
-        if join(name, kind.anchor) not in tensors:
-            continue
-        block = Block(
-            name,
-            kind,
-            keys,
-            lambda key: _ghost(tensors[key].shape),
-            _facts_for(form, facts),
-            in_channels=in_channels,
-            stride=stride,
-            origin=origin,
-        )
-        try:
-            expression = kind.describe(block)
-            squeezed = expression.geometry
-        except CannotSqueeze as reason:
-            raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
-        except ValueError as reason:
-            raise InputError(
-                f"the tensors of block {name or '(the whole file)'} contradict each other: {reason}",
-                hint="the file mixes two networks, or a fact given with --set is wrong",
-            ) from reason
-        return Slot(name, owner, kind, form, in_channels, stride, origin, tuple(block.consumed), repr(expression), squeezed)
+        if _stands_at(name, kind, keys):
+            return _slot(name, owner, kind, form, tensors, keys, facts, place)
     return None
 
 
-def _facts_for(form: str, facts: Facts) -> Facts:
+def _slot(name: str, owner: str, kind: BlockKind, form: Form, tensors: Table, keys: Keys, facts: Facts, place: Place) -> Slot:
+    block = Block(name, kind, keys, lambda key: _ghost(tensors[key].shape), _facts_for(kind, facts), place)
+    try:
+        expression = kind.describe(block)
+        squeezed = expression.geometry
+    except CannotSqueeze as reason:
+        raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
+    except ValueError as reason:
+        raise InputError(
+            f"the tensors of block {name or '(the whole file)'} contradict each other: {reason}",
+            hint="the file mixes two networks, or a fact given with --set is wrong",
+        ) from reason
+    return Slot(name, owner, kind, form, place, tuple(block.consumed), repr(expression), squeezed)
+
+
+def _facts_for(kind: BlockKind, facts: Facts) -> Facts:
     """A plain layer's geometry is its skeleton's: no fact is asked for, so none is recorded."""
-    return Facts() if form == "plain" else facts
+    return Facts() if kind is PLAIN else facts
 
 
 def _ghost(shape: tuple[int, ...]) -> Tensor:
@@ -295,20 +342,65 @@ class _Planner:
         self.slots: dict[str, Slot] = {}
         self.linears: dict[str, None] = {}
         self.dropped: dict[str, str] = {}
+        self.norms: dict[str, str] = {}
+        self.answers: dict[str, Any] = {}
+        self.stages: dict[str, tuple[str, ...]] = {}
         self.keys = keys_of(tensors)
         self.last_map: tuple[int, int] = (0, 0)
 
-    def at(self, name: str, x: Tensor, *, stride: int = 1) -> Tensor:
+    def at(
+        self,
+        name: str,
+        x: Tensor,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        before: str | None = None,
+        behind: str | None = None,
+    ) -> Tensor:
         slot = self.slots.get(name)
         if slot is None:
-            slot = _slot_at(name, self.kinds, self.tensors, self.keys, self.facts, x.shape[1], stride, "skeleton")
+            place = Place(x.shape[1], stride, padding)
+            slot = _slot_at(name, self.kinds, self.tensors, self.keys, self.facts, place)
             if slot is None:
                 there = [key for key in self.tensors if inside(key, name)][:2]
                 raise NotRecognised(f"nothing known stands at {name} ({', '.join(there) or 'no key'})")
+            if before is not None:
+                slot = replace(slot, before=self._norm(before, slot.squeezed.in_channels))
+            # whoever folded the norm behind a convolution left its shift in a bias
+            if behind is not None and (behind in self.keys or not any(key.endswith("bias") for key in slot.consumed)):
+                slot = replace(slot, behind=self._norm(behind, slot.squeezed.out_channels))
             self.slots[name] = slot
+        return self._through(slot, x)
+
+    def norm(self, name: str, x: Tensor, *, why: str) -> Tensor:
+        if name not in self.slots:
+            self.slots[name] = self._norm(name, x.shape[1])
+            self.norms[name] = why
+        return self._through(self.slots[name], x)
+
+    def _norm(self, name: str, channels: int) -> Slot:
+        if not _stands_at(name, NORM, self.keys):
+            raise InputError(
+                f"the batch norm {name} is missing, without which this is another network",
+                hint="save the whole state dict again; a norm folded into its convolution leaves a bias there",
+            )
+        slot = _slot(name, "", NORM, "kept", self.tensors, self.keys, self.facts, Place(channels))
+        if slot.squeezed.in_channels != channels:
+            raise NotRecognised(f"{name} takes {slot.squeezed.in_channels} channels, the layer before it gives {channels}")
+        return slot
+
+    def _through(self, slot: Slot, x: Tensor) -> Tensor:
         if slot.squeezed.in_channels != x.shape[1]:
-            raise NotRecognised(f"{name} takes {slot.squeezed.in_channels} channels, the layer before it gives {x.shape[1]}")
+            raise NotRecognised(
+                f"{slot.name} takes {slot.squeezed.in_channels} channels, the layer before it gives {x.shape[1]}"
+            )
         return x.new_empty(0, slot.squeezed.out_channels, *slot.squeezed.output_size(*x.shape[2:]))
+
+    def fact(self, name: str, convention: Any) -> Any:
+        if name not in self.answers:
+            self.answers[name] = self.facts.resolve("", name, convention=convention)
+        return self.answers[name]
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         shape = self.tensors[f"{name}.weight"].shape if f"{name}.weight" in self.tensors else ()
@@ -324,8 +416,9 @@ class _Planner:
     def __contains__(self, name: str) -> bool:
         return name in self.keys
 
-    def children(self, name: str) -> tuple[str, ...]:
-        return self.keys.children(name)
+    def children(self, name: str, prefix: str = "") -> tuple[str, ...]:
+        self.stages[name] = self.keys.children(name, prefix)
+        return self.stages[name]
 
     def drop(self, name: str, reason: str) -> None:
         if name in self.keys:
@@ -345,7 +438,7 @@ class _Planner:
         return result
 
     def left_over(self) -> list[str]:
-        used = {key for slot in self.slots.values() for key in slot.consumed}
+        used = {key for slot in self.slots.values() for part in slot.parts for key in part.consumed}
         used |= {f"{name}.{part}" for name in self.linears for part in ("weight", "bias")}
         return [
             key
@@ -376,7 +469,18 @@ def _fit(
     if left:
         return NoMatch(skeleton.name, f"{len(left)} tensors have no place in it: {', '.join(left[:3])}")
     facts.absorb(planner.facts)
-    return Plan(skeleton, planner.slots, tuple(planner.linears), planner.dropped, planner.keys, channels, shape)
+    return Plan(
+        skeleton,
+        planner.slots,
+        tuple(planner.linears),
+        planner.norms,
+        planner.answers,
+        planner.stages,
+        planner.dropped,
+        planner.keys,
+        channels,
+        shape,
+    )
 
 
 def _input_channels(skeleton: Skeleton, planner: _Planner) -> int:
@@ -384,7 +488,7 @@ def _input_channels(skeleton: Skeleton, planner: _Planner) -> int:
     for name in skeleton.stems:
         if name in planner:
             aside = planner.facts.unrecorded()
-            slot = _slot_at(name, planner.kinds, planner.tensors, planner.keys, aside, None, 1, "skeleton")
+            slot = _slot_at(name, planner.kinds, planner.tensors, planner.keys, aside, Place())
             if slot is not None:
                 return slot.squeezed.in_channels
     raise NotRecognised(f"no stem: nothing known stands at {' or '.join(skeleton.stems)}")
@@ -416,13 +520,28 @@ def _smallest_shape(planner: _Planner, channels: int) -> Shape:
     raise NotRecognised(str(reasons[-1]))
 
 
-def _block_by_block(tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts) -> Iterable[Slot]:
-    anchors = [kind.anchor for _, kind in kinds] + [f"{kind.deploys_as}.weight" for _, kind in kinds if kind.deploys_as]
-    keys = keys_of(tensors)
-    for name in _outermost(name for anchor in anchors for name in _prefixes(tensors, anchor)):
-        slot = _slot_at(name, kinds, tensors, keys, facts, None, 1, "default")
-        if slot is not None:
-            yield slot
+def _block_by_block(
+    tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts, family: str | None
+) -> Iterable[Slot]:
+    keys, unknown = keys_of(tensors), Place(origin="default")
+    found: dict[str, list[tuple[str, BlockKind, Form]]] = {}
+
+    def note(names: Iterable[str], owner: str, kind: BlockKind, form: Form) -> None:
+        for name in names:
+            found.setdefault(name, []).append((owner, kind, form))
+
+    for owner, kind in kinds:
+        telling = kind.found == "by key" or (kind.found == "when named" and owner.name == family)
+        names = _standing(kind, tensors, keys) if telling else _pickled_as(kind, keys, facts)
+        note(names, owner.name, kind, "training")
+    for owner, kind in kinds:
+        if kind.found != "in a network" and kind.deploys_as and not kind.ordinary_name:
+            fused = _deployed(kind)
+            note(_prefixes(tensors, fused.anchor), owner.name, fused, "deployed")
+    for name in _outermost(found):
+        several = [choice for choice in found[name] if choice[1].ordinary_name]
+        for owner_name, kind, form in several or found[name][:1]:
+            yield _slot(name, owner_name, kind, form, tensors, keys, facts, unknown)
 
 
 def _is_single_block(slots: Sequence[Slot]) -> bool:
@@ -430,22 +549,19 @@ def _is_single_block(slots: Sequence[Slot]) -> bool:
 
 
 def _architecture(
-    slots: Sequence[Slot], families: Sequence[Family], stored: str | None, arch: str | None, plan: Plan | None
+    slots: Sequence[Slot],
+    families: Sequence[Family],
+    stored: str | None,
+    arch: str | None,
+    plan: Plan | None,
+    facts: Sequence[Fact],
 ) -> tuple[str, tuple[str, ...]]:
     """The official name whose depths and widths these are, else the depths and widths; shapes beat a stored name."""
     if plan is None:
         if arch is not None:
             raise InputError(f"--arch {arch} names a network, but only single blocks were recognised in this file")
         return f"{len(slots)} block{'s' if len(slots) != 1 else ''} of an unknown network", ()
-    stages: dict[str, list[Slot]] = {}
-    for slot in slots:
-        parent, _, number = slot.name.rpartition(".")
-        stages.setdefault(parent if number.isdigit() else slot.name, []).append(slot)
-    seen = Architecture(
-        tuple(len(stage) for stage in stages.values()),
-        tuple(stage[-1].squeezed.out_channels for stage in stages.values()),
-        max(slot.squeezed.groups for slot in slots),
-    )
+    seen = _measured(plan)
     own = f"blocks {_listed(seen.depths)}, widths {_listed(seen.widths)}" + (
         f", groups {seen.groups}" if seen.groups > 1 else ""
     )
@@ -456,11 +572,32 @@ def _architecture(
             + (f", groups {wanted.groups}" if wanted.groups > 1 else ""),
             hint="leave --arch out: the architecture is read from the shapes",
         )
-    name = next((name for name, item in table.items() if replace(item, facts={}) == seen), None)
+    used = {(fact.name, fact.value) for fact in facts}
+    fitting = [
+        name
+        for name, item in table.items()
+        if replace(item, facts={}) == seen and all((fact, str(value)) in used for fact, value in item.facts.items())
+    ]
+    called = _names_in(stored or "")
+    name = arch or next((item for item in fitting if _plain_name(item) in called), next(iter(fitting), None))
     notes: tuple[str, ...] = ()
-    if stored is not None and _plain_name(stored) != _plain_name(name or ""):
+    if stored is not None and _plain_name(name or "") not in called:
         notes = (f"the file calls itself {stored}; its shapes are {name or own}, and shapes win",)
     return name or f"{plan.skeleton.name} ({own})", notes
+
+
+def _measured(plan: Plan) -> Architecture:
+    """Depths and widths of a network, stage by stage, in the order its blocks are met."""
+    stages: dict[str, int] = {}
+    groups = 1
+    for name, slot in plan.slots.items():
+        if not slot.family:
+            continue
+        stage = max((item for item in plan.stages if inside(name, item)), key=len, default=name)
+        stages[stage] = slot.squeezed.out_channels
+        if slot.squeezed.groups < slot.squeezed.in_channels:
+            groups = max(groups, slot.squeezed.groups)
+    return Architecture(tuple(len(plan.stages.get(stage, (stage,))) for stage in stages), tuple(stages.values()), groups)
 
 
 def _listed(numbers: Iterable[int]) -> str:

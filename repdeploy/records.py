@@ -140,7 +140,8 @@ class TensorShape:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything a bundle says about itself; `training` is the structure from which `bench` rebuilds the twin."""
+    """Everything a bundle says about itself; `training` is the structure from which `bench` rebuilds the twin; `norms`: batch
+    norms that no convolution takes in, and why."""
 
     source: Source
     family: str
@@ -163,6 +164,7 @@ class Manifest:
     tools: Mapping[str, str]
     artifacts: tuple[Artifact, ...] = ()
     notes: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str], ...] = ()
     schema: str = MANIFEST_SCHEMA
 
     def artifact(self, file: str) -> Artifact | None:
@@ -184,6 +186,30 @@ class Conversion:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """One branch of a block. `share`: of the squared norm of the fused kernel, so that a block's shares add up to 1 (a
+    branch that works against the others has a negative one); `norm`: of its own kernel over the fused one's; `similarity`:
+    cosine between its kernel and each branch's of the block, in their order; `dead_channels`: outputs it adds nothing to."""
+
+    formula: str
+    share: float
+    norm: float
+    similarity: tuple[float, ...]
+    dead_channels: int
+    is_dead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBranches:
+    """A block's branches; `dead_channels`: outputs whose fused kernel is zero, which give a constant."""
+
+    name: str
+    channels: int
+    dead_channels: int
+    branches: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
     """What a checkpoint holds, without converting it."""
 
@@ -199,6 +225,7 @@ class Inspection:
     already_deployed: bool
     left_alone: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    branches: tuple[BlockBranches, ...] = ()
     schema: str = "repdeploy.inspect/1"
 
 
@@ -218,7 +245,8 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What `export` wrote into a bundle; `reused` names what was current already; `missing` what this machine lacks."""
+    """What `export` wrote into a bundle; `reused` names what was current already; `missing` what this machine lacks;
+    `norms`: batch norms that stay in the graph, and why."""
 
     bundle: Path
     artifacts: tuple[Artifact, ...]
@@ -226,6 +254,7 @@ class Export:
     missing: str = ""
     hint: str = ""
     notes: tuple[str, ...] = ()
+    norms: tuple[tuple[str, str], ...] = ()
     schema: str = "repdeploy.export/1"
 
 
@@ -303,12 +332,16 @@ class Bench:
 
 @dataclass(frozen=True, slots=True)
 class FamilyInfo:
+    """`asks`: facts that may have to be stated; `containers`: the files its repository writes."""
+
     name: str
     title: str
     source: str
     distribution: str
     architectures: tuple[str, ...]
     skeletons: tuple[str, ...]
+    asks: tuple[str, ...] = ()
+    containers: str = ""
     error: str = ""
 
 
@@ -381,6 +414,7 @@ def manifest_from_json(text: str) -> Manifest:
             for item in content["artifacts"]
         ),
         "notes": tuple(content["notes"]),
+        "norms": tuple((name, reason) for name, reason in content.get("norms", ())),
     })  # fmt: skip
 
 

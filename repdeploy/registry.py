@@ -64,7 +64,7 @@ def require(name: str) -> None:
 def describe() -> tuple[FamilyInfo, ...]:
     """What `repdeploy families` lists."""
     return tuple(
-        FamilyInfo(item.name, "", "", item.distribution, (), (), item.error)
+        FamilyInfo(item.name, "", "", item.distribution, (), (), error=item.error)
         if item.family is None
         else FamilyInfo(
             item.name,
@@ -73,6 +73,8 @@ def describe() -> tuple[FamilyInfo, ...]:
             item.distribution,
             tuple(item.family.architectures),
             tuple(skeleton.name for skeleton in item.family.skeletons),
+            tuple(dict.fromkeys(kind.name for kind in item.family.all_facts)),
+            item.family.containers,
         )
         for item in installed()
     )

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from sample_models.digits import load_digits
 from sample_models.repvgg import DeployRepVGG, RepVGG
-from sample_models.train import MODELS, accuracy
-
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "repvgg_digits.pth"
+from sample_models.samples import SAMPLES
+from sample_models.train import accuracy
 
 
 def repdeploy(folder: Path, *arguments: str) -> None:
@@ -35,9 +34,9 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     shutil.rmtree(folder / "ckpt.repdeploy", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(CHECKPOINT, folder / "ckpt.pth")
+    shutil.copy(SAMPLES["repvgg"].checkpoint("repvgg"), folder / "ckpt.pth")
     digits = load_digits()
-    trained = MODELS["repvgg"]()
+    trained = SAMPLES["repvgg"].build()
     assert isinstance(trained, RepVGG)
     trained.load_state_dict(torch.load(folder / "ckpt.pth", weights_only=True)["state_dict"])
     trained.eval()

@@ -1,6 +1,6 @@
 """The handwritten digits bundled with scikit-learn (UCI Optical Recognition of Handwritten Digits, test part).
 
-1797 grey images of 8x8 pixels, enlarged to 16x16 so that a network has something to stride over.
+1797 grey images of 8x8 pixels, enlarged (to 16x16 by default) so that a network has something to stride over.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MEAN, STD = 0.306, 0.319
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """Images (count, 1, SIDE, SIDE) float32, normalised; labels (count,) int64."""
+    """Images (count, 1, side, side) float32, normalised; labels (count,) int64."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -27,13 +27,13 @@ class Digits:
     test_labels: Tensor
 
 
-def load_digits() -> Digits:
-    """The same split every time."""
+def load_digits(side: int = SIDE) -> Digits:
+    """The same split every time; images enlarged to `side` pixels."""
     from sklearn.datasets import load_digits as bundled
 
     raw = bundled()
     images = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
-    images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
     images = (images - MEAN) / STD
     labels = torch.tensor(raw.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

@@ -14,20 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sample_models.digits import SIDE, Digits, load_digits
-from sample_models.repvgg import RepVGG
+from sample_models.digits import Digits, load_digits
+from sample_models.samples import SAMPLES
 
 BATCH = 64
 SHIFT = 1
 """Training images are moved by up to this many pixels."""
-
-
-def repvgg() -> nn.Module:
-    """Narrow, every second layer in two groups, for grey images: five strides leave a 1x1 map of the 16x16 pixels."""
-    return RepVGG(blocks=(1, 2, 3, 1), widths=(12, 16, 24, 32, 64), classes=10, channels=1, groups=2, strides=(2, 2, 2, 2, 2))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {"repvgg": repvgg}
 
 
 def accuracy(predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
@@ -66,23 +58,25 @@ def _moved(images: Tensor) -> Tensor:
     """Each batch moved by a random offset, the background continued."""
     down, right = (int(torch.randint(-SHIFT, SHIFT + 1, ())) for _ in range(2))
     padded = F.pad(images, (SHIFT,) * 4, mode="replicate")
-    return padded[:, :, SHIFT + down : SHIFT + down + SIDE, SHIFT + right : SHIFT + right + SIDE]
+    top, left, side = SHIFT + down, SHIFT + right, images.shape[2]
+    return padded[:, :, top : top + side, left : left + side]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted(MODELS))
+    parser.add_argument("model", choices=sorted(SAMPLES))
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.perf_counter()
     torch.manual_seed(options.seed)
-    digits, model = load_digits(), MODELS[options.model]()
-    train(model, digits, options.epochs, options.seed)
-    output = options.output or Path(f"{options.model}_digits.pth")
-    # what DingXiaoH/RepVGG's train script of 2021 saves, without the optimizer
-    torch.save({"epoch": options.epochs, "arch": f"{options.model}-digits", "state_dict": model.state_dict()}, output)
+    sample = SAMPLES[options.model]
+    epochs = options.epochs or sample.epochs
+    digits, model = load_digits(sample.side), sample.build()
+    train(model, digits, epochs, options.seed)
+    output = options.output or Path(sample.checkpoint(options.model).name)
+    sample.save(model.eval(), output, epochs, options.model)
     print(f"{output}: {output.stat().st_size / 1e3:.0f} kB, trained in {time.perf_counter() - started:.0f} s")
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repdeploy.checkpoint import load
+from repdeploy.facts import Facts, Setting
+from repdeploy.network import Network, describe
+from repdeploy.rebuild import reader
+from repdeploy.recognise import recognise
+from repdeploy.registry import families
 from sample_models.repvgg import RepVGG
 from sample_models.scatter import scatter
 
@@ -19,6 +26,32 @@ def repvgg(seed: int = 0, **changes: Any) -> RepVGG:
     model = scatter(RepVGG(**{**SMALL, **changes}), seed)
     assert isinstance(model, RepVGG)
     return model
+
+
+def described(path: Path, *settings: Setting, squeezed: bool = True, image: tuple[int, int, int] | None = None) -> Network:
+    """The network in a file, in float64: its training-time expressions or its fused convolutions. Fails where none is known."""
+    checkpoint = load(path)
+    facts = Facts(settings, checkpoint.attributes)
+    found = recognise(checkpoint.tensors, families(), facts, input_shape=image)
+    assert found.plan is not None, found.skeletons
+    described = describe(found.plan, checkpoint.tensors, reader(checkpoint.tensors), facts)
+    return described.network(squeezed=squeezed, dtype=torch.float64)
+
+
+def assert_described(
+    model: nn.Module, path: Path, *settings: Setting, sizes: Sequence[tuple[int, int]], channels: int = 3
+) -> None:
+    """Both readings of the network in `path` are the module, in float64, on images of these sizes."""
+    model = model.double().eval()
+    readings = [described(path, *settings, squeezed=squeezed) for squeezed in (False, True)]
+    for height, width in sizes:
+        generator = torch.Generator().manual_seed(height * width)
+        x = torch.randn(2, channels, height, width, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            wanted = model(x)
+            for got in (reading(x) for reading in readings):
+                assert got.shape == wanted.shape
+                assert float((got - wanted).abs().max()) <= 1e-11 * float(wanted.abs().max()), (height, width)
 
 
 def save(model: nn.Module, path: Path) -> Path:

@@ -57,6 +57,10 @@ Settings = Annotated[
         "--set", metavar="[SCOPE.]NAME=VALUE", help="State a fact that tensors do not tell; repeatable.", show_default=False
     ),
 ]
+Branches = Annotated[
+    bool,
+    typer.Option("--branches", help="Also compare the branches of every block: share of the fused kernel, similarity, death."),
+]
 InputShape = Annotated[
     str | None, typer.Option(metavar="NxCxHxW", help="Image batch, for example 1x3x224x224.", show_default=False)
 ]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from repdeploy.progress import Progress
     from repdeploy.records import (
         Bench,
+        BlockBranches,
         BlockReport,
         Check,
         Conversion,
@@ -40,7 +42,9 @@ ORIGINS = {
     "default": "assumed (nothing tells it)",
 }
 MAX_BLOCK_ROWS = 12
-"""Longer block tables show their beginning and the worst block; --json has them all."""
+"""Longer block tables show their beginning and the last block; --json has them all."""
+MAX_FORMULA = 40
+"""A longer formula stands below the table, once."""
 
 
 class _Pipe(Console):
@@ -127,12 +131,13 @@ def show_conversion(conversion: Conversion) -> None:
         )
         return
     console.print()
-    console.print(_blocks(manifest.blocks))
+    _blocks(console, manifest.blocks)
     _parameters(console, manifest.parameters_before, manifest.parameters_after)
     if manifest.skeleton is None and manifest.copied:
         console.print(f"copied unchanged: {len(manifest.copied)} tensors outside the blocks, for example {manifest.copied[0]}")
     for name, reason in _grouped_by_reason(manifest.dropped):
         console.print(f"left out: {name} ({reason})")
+    _norms(console, manifest.norms)
     _facts(console, manifest.facts)
     if conversion.bundle is None:
         console.print()
@@ -154,10 +159,12 @@ def show_inspection(found: Inspection) -> None:
     if found.source.inert:
         console.print(f"read as inert data, never loaded: {', '.join(found.source.inert)}")
     console.print()
-    console.print(_blocks(found.blocks))
+    _blocks(console, found.blocks)
     _parameters(console, found.parameters_before, found.parameters_after)
     if found.already_deployed:
         console.print(Text("every block is in its deploy form already", "bold green"))
+    if found.branches:
+        _branches(console, found.branches)
     _facts(console, found.facts)
     for outcome in (*found.matches, *found.skeletons):
         reason = getattr(outcome, "reason", None)
@@ -203,6 +210,7 @@ def show_export(result: Export) -> int:
             console.print(f"checked in onnxruntime against the float64 reference at batch {batches}")
         for name in result.reused:
             console.print(f"{name} was current already")
+        _norms(console, result.norms)
         for note in result.notes:
             console.print(note, soft_wrap=True)
         console.print(Text.assemble("in ", (str(result.bundle), "bold")))
@@ -259,19 +267,24 @@ def show_bench(result: Bench) -> None:
 def show_families(found: tuple[FamilyInfo, ...]) -> None:
     if _printed(found, "repdeploy.families/1", "families"):
         return
-    table = _table("family", "block~", "networks~", "official variants~", "from~")
+    table = _table("family", "blocks~", "networks~", "files~", "may ask for~")
     for item in found:
         if item.error:
             table.add_row(item.name, Text(f"does not load: {item.error}", "red"), "", "", item.distribution)
         else:
-            table.add_row(
-                item.name,
-                item.title,
-                ", ".join(item.skeletons),
-                _count(item.architectures),
-                f"{item.source}\n{item.distribution}",
-            )
-    stdout().print(table)
+            networks = ", ".join(item.skeletons) or "block by block"
+            if item.architectures:
+                networks += f"; {_count(item.architectures)}"
+            table.add_row(item.name, f"{item.title}\n{item.source}", networks, item.containers, ", ".join(item.asks) or "-")
+    table.show_lines = True
+    console = stdout()
+    console.print(table)
+    for distribution in dict.fromkeys(item.distribution for item in found):
+        names = ", ".join(item.name for item in found if item.distribution == distribution)
+        console.print(f"from {distribution}: {names}")
+    console.print(
+        "Every family also takes eps, stride, padding, dilation and groups with --set, where a file does not tell them."
+    )
 
 
 def show_doctor(found: tuple[Tool, ...]) -> None:
@@ -339,24 +352,72 @@ def _checks(checks: Iterable[Check]) -> Table:
     return table
 
 
-def _blocks(blocks: tuple[BlockReport, ...]) -> Table:
+def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
+    """One row per block; formulas that would fill the table stand below it, under a letter."""
     proved = any(block.residual is not None for block in blocks)
     table = _table("block", "branches~", "fused", ">parameters", *((">error",) if proved else ()))
-    shown = blocks if len(blocks) <= MAX_BLOCK_ROWS else blocks[: MAX_BLOCK_ROWS - 2]
-    hidden = blocks[len(shown) :]
-    for block in shown:
-        table.add_row(*_block_cells(block, proved))
-    if hidden:
-        table.add_row(f"... {len(hidden) - 1} more")
-        table.add_row(*_block_cells(hidden[-1], proved))
-    return table
+    shown = blocks if len(blocks) <= MAX_BLOCK_ROWS else (*blocks[: MAX_BLOCK_ROWS - 2], blocks[-1])
+    long = dict.fromkeys(block.formula for block in shown if len(block.formula) > MAX_FORMULA)
+    letters = dict(zip(long, ascii_uppercase, strict=False))
+    for index, block in enumerate(shown):
+        if len(shown) < len(blocks) and index == len(shown) - 1:
+            table.add_row(f"... {len(blocks) - len(shown)} more")
+        table.add_row(*_block_cells(block, letters.get(block.formula, block.formula), proved))
+    console.print(table)
+    for formula, letter in letters.items():
+        console.print(f"{letter} = {formula}")
 
 
-def _block_cells(block: BlockReport, proved: bool) -> list[str]:
+def _block_cells(block: BlockReport, formula: str, proved: bool) -> list[str]:
     out, within, height, width = block.kernel
     fused = f"{height}x{width} {within * block.groups} -> {out}" + (f", g={block.groups}" if block.groups > 1 else "")
     error = [f"{block.residual:.0e}"] if proved and block.residual is not None else []
-    return [block.name or "(root)", block.formula, fused, f"{block.parameters_after:,}", *error]
+    return [block.name or "(root)", formula, fused, f"{block.parameters_after:,}", *error]
+
+
+def _norms(console: Console, norms: tuple[tuple[str, str], ...]) -> None:
+    """The batch norms that no convolution takes in, each reason once."""
+    for reason in dict.fromkeys(reason for _, reason in norms):
+        names = [name for name, why in norms if why == reason]
+        listed = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+        console.print(f"stays a batch norm: {listed} ({reason})")
+
+
+def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
+    """Per block and branch, then each kind of branch over all blocks."""
+    from statistics import median
+
+    table = _table("block", "branch~", ">share", ">norm", ">closest", ">dead channels")
+    for block in blocks[:MAX_BLOCK_ROWS]:
+        for index, branch in enumerate(block.branches):
+            others = [(cosine, other) for other, cosine in enumerate(branch.similarity) if other != index]
+            cosine, other = max(others, key=lambda item: abs(item[0]), default=(0.0, -1))
+            table.add_row(
+                (block.name or "(root)") if index == 0 else "",
+                f"{index + 1}  {branch.formula}",
+                f"{branch.share:.1%}",
+                f"{branch.norm:.2f}",
+                f"{cosine:+.2f} to {other + 1}" if other >= 0 else "",
+                Text("all", "bold red") if branch.is_dead else f"{branch.dead_channels} of {block.channels}",
+            )
+    console.print()
+    console.print(table)
+    if len(blocks) > MAX_BLOCK_ROWS:
+        console.print(f"... {len(blocks) - MAX_BLOCK_ROWS} more blocks: --json has them all")
+    summary = _table("branch of all blocks~", ">blocks", ">median share", "from .. to", ">dead in")
+    kinds = dict.fromkeys((index, item.formula) for block in blocks for index, item in enumerate(block.branches))
+    for index, formula in sorted(kinds):
+        found = [item for block in blocks for item in block.branches[index : index + 1] if item.formula == formula]
+        shares, dead = [item.share for item in found], sum(item.is_dead for item in found)
+        span = f"{min(shares):.1%} .. {max(shares):.1%}"
+        summary.add_row(f"{index + 1}  {formula}", str(len(found)), f"{median(shares):.1%}", span, str(dead))
+    console.print()
+    console.print(summary)
+    silent = sum(block.dead_channels for block in blocks)
+    console.print(
+        "share: of the fused kernel's squared norm (a block's add up to 100 %); closest: cosine to the most similar branch;\n"
+        f"{silent} of {sum(block.channels for block in blocks)} output channels have a fused kernel of zero"
+    )
 
 
 def _facts(console: Console, facts: tuple[Fact, ...]) -> None:

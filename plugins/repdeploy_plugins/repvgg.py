@@ -6,17 +6,15 @@ pre = BN(conv3x3(x)) + BN(conv1x1(x)) [+ BN(x), where widths and resolution stay
 from __future__ import annotations
 
 from repdeploy.algebra import Linear
-from repdeploy.family import Architecture, Block, BlockKind, Family
-from repdeploy.skeletons import REP_VGG
+from repdeploy.family import Block, BlockKind, Family
+from repdeploy.skeletons import REP_VGG, Architecture
 
 
 def layout(dense: str, point: str, identity: str, fused: str) -> BlockKind:
     """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
-        # the 1x1 taps sit at the centre of the 3x3 ones; a dilated 3x3 (segmentation) pads by its dilation
-        branches = block.conv_norm(dense, padding=block.padding(block.dilation), dilation=block.dilation)
-        branches = branches + block.conv_norm(point, padding=block.padding(block.dilation) - block.dilation)
+        branches = block.conv_norm(dense) + block.conv_norm(point)
         return branches + block.norm(identity) if identity in block else branches
 
     def inputs(block: Block) -> int | None:
@@ -27,7 +25,7 @@ def layout(dense: str, point: str, identity: str, fused: str) -> BlockKind:
 
 def with_norm(fused: str) -> BlockKind:
     """A block that quantization-aware training has fused already and given a norm of its own."""
-    return BlockKind(f"{fused}.conv.weight", fused, lambda block: block.conv_norm(fused, padding=1))
+    return BlockKind(f"{fused}.conv.weight", fused, lambda block: block.conv_norm(fused))
 
 
 def variants() -> dict[str, Architecture]:
@@ -60,4 +58,5 @@ FAMILY = Family(
     ),
     skeletons=(REP_VGG,),
     architectures=variants() | PLUS,
+    containers="bare, {state_dict} with module., {model, ema, config}, timm, Hugging Face",
 )

@@ -1,22 +1,31 @@
 """The algebra of linear blocks: leaves, `a >> b` in series, `a + b` in parallel; `run` and `squeeze`."""
 
+from repdeploy.algebra.branches import branches, linearize
 from repdeploy.algebra.conv import Conv
+from repdeploy.algebra.generated import Flip, Online, generated
 from repdeploy.algebra.geometry import Geometry, Pads, Pair
-from repdeploy.algebra.leaves import AveragePool, Identity, Norm, Pad, Scale
+from repdeploy.algebra.leaves import NORM_EPS, AveragePool, Identity, Norm, Pad, Scale, Shift
 from repdeploy.algebra.linear import FILL_TOLERANCE, Linear, Parallel, Series
 
 __all__ = [
     "FILL_TOLERANCE",
+    "NORM_EPS",
     "AveragePool",
     "Conv",
+    "Flip",
     "Geometry",
     "Identity",
     "Linear",
     "Norm",
+    "Online",
     "Pad",
     "Pads",
     "Pair",
     "Parallel",
     "Scale",
     "Series",
+    "Shift",
+    "branches",
+    "generated",
+    "linearize",
 ]

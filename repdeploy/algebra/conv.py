@@ -48,8 +48,9 @@ class Conv(Linear):
         return Geometry(within * self.groups, out, (height, width), self.stride, self.pads, self.dilation, self.groups)
 
     def __repr__(self) -> str:
+        """1x1, 3x3, ...; DW in front of one filter per channel."""
         height, width = self.weight.shape[2:]
-        return f"{height}x{width}"
+        return f"DW{height}x{width}" if self.weight.shape[1] == 1 and self.groups > 1 else f"{height}x{width}"
 
     def run(self, x: Tensor) -> Tensor:
         top, left, bottom, right = self.pads

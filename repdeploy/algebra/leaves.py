@@ -13,6 +13,9 @@ from repdeploy.algebra.geometry import Geometry, Pads, Pair
 from repdeploy.algebra.linear import FILL_TOLERANCE, Linear
 from repdeploy.errors import CannotSqueeze
 
+NORM_EPS = 1e-5
+"""torch's default. A checkpoint does not store eps; every report states the value used."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Channelwise(Linear):
@@ -40,7 +43,7 @@ class Norm(Channelwise):
     var: Tensor
     gamma: Tensor | None = None
     beta: Tensor | None = None
-    eps: float = 1e-5
+    eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
         shapes = {tuple(tensor.shape) for tensor in (self.mean, self.var, self.gamma, self.beta) if tensor is not None}
@@ -67,6 +70,12 @@ class Norm(Channelwise):
         shift = -scale * self.mean if self.beta is None else self.beta - scale * self.mean
         return Conv(scale.view(-1, 1, 1, 1), shift, groups=self.channels)
 
+    def of_zero(self) -> Tensor:
+        """What the norm makes of zero: (channels,)."""
+        shift = self.squeeze().bias
+        assert shift is not None
+        return shift
+
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Scale(Channelwise):
@@ -78,11 +87,34 @@ class Scale(Channelwise):
     def channels(self) -> int:
         return self.factor.shape[0]
 
+    def __repr__(self) -> str:
+        return "SCALE"
+
     def run(self, x: Tensor) -> Tensor:
         return x * self.factor.view(-1, 1, 1)
 
     def squeeze(self, tolerance: float = FILL_TOLERANCE) -> Conv:
         return Conv(self.factor.view(-1, 1, 1, 1), groups=self.channels)
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Shift(Channelwise):
+    """y = x + value, one value per channel: (channels,)."""
+
+    value: Tensor
+
+    @property
+    def channels(self) -> int:
+        return self.value.shape[0]
+
+    def __repr__(self) -> str:
+        return "SHIFT"
+
+    def run(self, x: Tensor) -> Tensor:
+        return x + self.value.view(-1, 1, 1)
+
+    def squeeze(self, tolerance: float = FILL_TOLERANCE) -> Conv:
+        return Conv(torch.ones_like(self.value).view(-1, 1, 1, 1), self.value, groups=self.channels)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -94,6 +126,9 @@ class Identity(Channelwise):
     @property
     def channels(self) -> int:
         return self.like.shape[0]
+
+    def __repr__(self) -> str:
+        return "ID"
 
     def run(self, x: Tensor) -> Tensor:
         return x

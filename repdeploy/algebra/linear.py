@@ -74,6 +74,12 @@ class Linear:
     def __sub__(self, other: Linear) -> Parallel:
         return self + (-other)
 
+    def children(self) -> Iterator[Linear]:
+        """The expressions this one is made of."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            yield from (item for item in (value if isinstance(value, tuple) else (value,)) if isinstance(item, Linear))
+
     def tensors(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """Every tensor below, with a dotted path that is unique in this expression."""
         for field in dataclasses.fields(self):

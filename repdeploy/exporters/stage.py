@@ -59,7 +59,7 @@ def export(
         reused = (name,) if current is not None else ()
         progress("exporting ONNX", 3, 3)
         if not trt:
-            return Export(path.parent, (onnx,), reused)
+            return Export(path.parent, (onnx,), reused, norms=bundle.manifest.norms)
         return _tensorrt(bundle, onnx, path, image, dynamic, command, reused)
 
 
@@ -158,11 +158,11 @@ def _tensorrt(
     notes = (f"{tensorrt_engine.SCRIPT} builds, runs and checks the engine on the target machine", f"or: {line}")
     absent = tensorrt_engine.missing()
     if absent is not None:
-        return Export(bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes)
+        return Export(bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes, norms=bundle.manifest.norms)
     plan = tensorrt_engine.build_engine(bundle.path)
     engine = Artifact(
         file=plan.name, kind="tensorrt", precision=PRECISION, sha256=digest(plan), bytes=plan.stat().st_size,
         made_from=bundle.manifest.weights_sha256, command=command, input_shape=onnx.input_shape, dynamic=onnx.dynamic,
     )  # fmt: skip
     bundle.write_manifest(bundle.manifest.with_artifact(engine))
-    return Export(bundle.path, (onnx, engine), reused, notes=notes)
+    return Export(bundle.path, (onnx, engine), reused, notes=notes, norms=bundle.manifest.norms)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +12,17 @@ from repdeploy.errors import IllegalInput
 from repdeploy.skeletons.net import Net
 
 
-def squeeze_excite(net: Net, name: str, x: Tensor, *, reduce: str, expand: str, square_window: bool) -> Tensor:
-    """x times a sigmoid gate per channel.
+def squeeze_excite(
+    net: Net,
+    name: str,
+    x: Tensor,
+    *,
+    reduce: str,
+    expand: str,
+    square_window: bool = False,
+    gate: Callable[[Tensor], Tensor] = torch.sigmoid,
+) -> Tensor:
+    """x times a gate per channel.
 
     `square_window`: RepVGG's own code averages over a square window of side W at the top left, not over the whole map;
     on H > W the rest of the rows never enters. Raises IllegalInput where that code fails or changes its meaning.
@@ -23,5 +34,4 @@ def squeeze_excite(net: Net, name: str, x: Tensor, *, reduce: str, expand: str, 
             hint="use an image at least as high as wide, and less than twice as high",
         )
     squeezed = (x[:, :, :width] if square_window and height > width else x).mean((2, 3), keepdim=True)
-    gate = net.at(f"{name}.{expand}", F.relu(net.at(f"{name}.{reduce}", squeezed)))
-    return x * torch.sigmoid(gate)
+    return x * gate(net.at(f"{name}.{expand}", F.relu(net.at(f"{name}.{reduce}", squeezed))))

@@ -7,27 +7,48 @@ squeeze-excite belong to the skeleton.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from repdeploy.facts import FactKind
 
 
 class Net(Protocol):
     """What a skeleton sees of a network. Images are (batch, channels, height, width)."""
 
-    def at(self, name: str, x: Tensor, *, stride: int = 1) -> Tensor:
-        """The block at a slot, whatever it is made of."""
+    def at(
+        self,
+        name: str,
+        x: Tensor,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        before: str | None = None,
+        behind: str | None = None,
+    ) -> Tensor:
+        """The block at a slot, whatever it is made of, between the batch norms called `before` and `behind`, where it has them.
+
+        `padding`: of its largest kernel, where that is not half the kernel; with a norm before it, there must be none.
+        """
+
+    def norm(self, name: str, x: Tensor, *, why: str) -> Tensor:
+        """A batch norm that stands alone, and why no convolution of its own precedes it."""
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """A fully connected layer: (batch, in) -> (batch, out)."""
 
+    def fact(self, name: str, convention: Any) -> Any:
+        """A fact of the whole network that no tensor tells (see Skeleton.facts), by convention unless somebody states it."""
+
     def __contains__(self, name: str) -> bool:
         """Whether anything is stored under that name."""
 
-    def children(self, name: str) -> tuple[str, ...]:
-        """The numbered slots under a name, in numerical order: "stage1" -> ("stage1.0", "stage1.1")."""
+    def children(self, name: str, prefix: str = "") -> tuple[str, ...]:
+        """The numbered slots of a stage, in numerical order: "stage1" -> ("stage1.0", "stage1.1"), or with the prefix
+        "block" ("stage1.block0", ...)."""
 
     def drop(self, name: str, reason: str) -> None:
         """What lies under that name serves training only and is left out of the deploy network."""
@@ -39,9 +60,21 @@ class Net(Protocol):
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """A network over slots. `stems`: the names its first slot may have, whose kernel tells the image's channels;
-    `side`: height and width of the images it was published for."""
+    `side`: height and width of the images it was published for; `facts`: what `Net.fact` may be asked for."""
 
     name: str
     forward: Callable[[Net, Tensor], Tensor]
     stems: tuple[str, ...]
     side: int = 224
+    facts: tuple[FactKind, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """An official variant: slots and last width per stage (what a skeleton asks the `children` of; any other slot is a
+    stage of its own); the largest number of groups that is no depthwise one; facts it settles."""
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
+    groups: int = 1
+    facts: Mapping[str, Any] = field(default_factory=dict)

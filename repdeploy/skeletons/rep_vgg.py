@@ -13,6 +13,7 @@ from torch import Tensor
 
 from repdeploy.errors import NotRecognised
 from repdeploy.skeletons.attention import squeeze_excite
+from repdeploy.skeletons.layers import averaged
 from repdeploy.skeletons.net import Net, Skeleton
 
 
@@ -48,16 +49,18 @@ def forward(net: Net, x: Tensor) -> Tensor:
     for stage in naming.stages:
         for index, name in enumerate(child for half in stage for child in net.children(half)):
             x = block(net, name, x, stride=2 if index == 0 else 1)
-    return net.linear(naming.head, net.pooled(x).mean((2, 3)))
+    return averaged(net, x, naming.head)
 
 
 def block(net: Net, name: str, x: Tensor, stride: int) -> Tensor:
-    """The slot, squeeze-excite before (RepVGG `se`, timm `attn`) or after (RepVGGplus `post_se`) the ReLU."""
+    """The slot, squeeze-excite before (RepVGG and MobileOne `se`, timm `attn`) or after (RepVGGplus `post_se`) the ReLU."""
     x = net.at(name, x, stride=stride)
-    if f"{name}.se" in net:
+    if f"{name}.se.down" in net:
         x = squeeze_excite(net, f"{name}.se", x, reduce="down", expand="up", square_window=True)
+    elif f"{name}.se" in net:
+        x = squeeze_excite(net, f"{name}.se", x, reduce="reduce", expand="expand")
     elif f"{name}.attn" in net:
-        x = squeeze_excite(net, f"{name}.attn", x, reduce="fc1", expand="fc2", square_window=False)
+        x = squeeze_excite(net, f"{name}.attn", x, reduce="fc1", expand="fc2")
     x = F.relu(x)
     if f"{name}.post_se" in net:
         x = squeeze_excite(net, f"{name}.post_se", x, reduce="down", expand="up", square_window=True)

@@ -12,7 +12,7 @@ from repdeploy.skeletons import Net, Skeleton
 
 
 def describe(block: Block) -> Linear:
-    wide = block.conv_norm("wide", padding=2)
+    wide = block.conv_norm("wide")
     pool = AveragePool(torch.ones(block.shape("wide.conv.weight")[1], dtype=torch.float64), (3, 3), (1, 1), (1, 1))
     return wide + (pool >> block.conv("point"))
 

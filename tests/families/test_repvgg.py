@@ -14,20 +14,12 @@ import repdeploy
 from repdeploy.checkpoint import load
 from repdeploy.errors import IllegalInput, InputError
 from repdeploy.facts import Facts, Setting
-from repdeploy.network import Network, describe
+from repdeploy.network import describe
 from repdeploy.rebuild import reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
 from sample_models.repvgg import DeployRepVGG
-from tests.networks import repvgg, save, timm_names
-
-
-def network(path: Path, *settings: Setting, squeezed: bool = True, image: tuple[int, int, int] | None = None) -> Network:
-    facts, checkpoint = Facts(settings), load(path)
-    plan = recognise(checkpoint.tensors, families(), facts, input_shape=image).plan
-    assert plan is not None
-    return describe(plan, checkpoint.tensors, reader(checkpoint.tensors), facts).network(squeezed=squeezed, dtype=torch.float64)
-
+from tests.networks import described, repvgg, save, timm_names
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -48,22 +40,22 @@ def test_both_readings_are_the_module(variant: dict[str, Any], size: tuple[int, 
     with torch.no_grad():
         wanted = model.double()(x)
         for squeezed in (False, True):
-            got = network(path, squeezed=squeezed)(x)
+            got = described(path, squeezed=squeezed)(x)
             assert float((got - wanted).abs().max()) <= 1e-12 * float(wanted.abs().max())
 
 
-def test_timm_names_are_the_same_network(tmp_path: Path) -> None:
+def test_timm_names_are_the_same_described(tmp_path: Path) -> None:
     model = repvgg(groups=2)
     torch.save(timm_names(model.state_dict()), tmp_path / "timm.pth")
     x = torch.randn(1, 3, 65, 65, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.allclose(network(tmp_path / "timm.pth")(x), model.double()(x), rtol=0, atol=1e-12)
+        assert torch.allclose(described(tmp_path / "timm.pth")(x), model.double()(x), rtol=0, atol=1e-12)
 
 
 def test_border_pixels_are_exact(tmp_path: Path) -> None:
     """An impulse in each corner of the stem's input, through stem and block: every tap of every border meets it."""
     model = repvgg()
-    fused = network(save(model, tmp_path / "ckpt.pth"))
+    fused = described(save(model, tmp_path / "ckpt.pth"))
     for row in (0, 32):
         for column in (0, 32):
             x = torch.zeros(1, 3, 33, 33, dtype=torch.float64)
@@ -133,7 +125,7 @@ def test_stated_facts_reach_the_training_time_network(eps: float, dilation: int,
     with torch.no_grad():
         wanted = model.double()(x)
         for squeezed in (False, True):
-            assert torch.allclose(network(path, *stated, squeezed=squeezed)(x), wanted, rtol=0, atol=1e-11)
+            assert torch.allclose(described(path, *stated, squeezed=squeezed)(x), wanted, rtol=0, atol=1e-11)
 
 
 def test_a_pickled_module_tells_its_own_facts(tmp_path: Path) -> None:
@@ -159,7 +151,7 @@ def test_a_pickled_module_tells_its_own_facts(tmp_path: Path) -> None:
 def test_squeeze_excite_refuses_what_its_window_does_not_cover(size: tuple[int, int], tmp_path: Path) -> None:
     path = save(repvgg(squeeze_excite=True, widths=(16, 16, 32, 32, 48)), tmp_path / "se.pth")
     with pytest.raises(IllegalInput, match="square of the map's width"):
-        network(path, image=(3, *size))
+        described(path, image=(3, *size))
 
 
 def test_official_names_are_found_from_shapes() -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from repdeploy.checkpoint import load
 from tests.conftest import REFERENCE
 
 
@@ -32,9 +31,24 @@ class Case:
     def array(self, name: str) -> Tensor:
         return torch.from_numpy(np.load(self.folder / f"{name}.npy"))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the checkpoint, in float64."""
-        return {key: tensor.read().double() for key, tensor in load(self.checkpoint).tensors.items()}
+    def outputs(self) -> list[tuple[str, str]]:
+        """(weights, name of the output) for the model's own weights and, where they are recorded, the EMA weights."""
+        known = [("model", "output"), ("ema", "output_ema")]
+        return [(weights, output) for weights, output in known if (self.folder / f"{output}.npy").exists()]
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What a user has to state, as --set takes it (hints.json)."""
+        hints: dict[str, list[str]] = json.loads((REFERENCE / "hints.json").read_text())
+        return tuple(hints.get(f"{self.folder.parent.name}/{self.folder.name}", [])[1::2])
+
+    @property
+    def exactness(self) -> float:
+        """How far float64 formulas on the stored tensors may be from the official float64 output, relative to its largest.
+
+        OREPA's own weight generation rounds in float32 (its sheet, pitfall 8).
+        """
+        return 1e-6 if self.folder.parent.name == "orepa" else 1e-12
 
     @property
     def bound(self) -> float:

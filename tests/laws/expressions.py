@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from repdeploy.algebra import AveragePool, Conv, Identity, Linear, Norm, Pad, Scale
+from repdeploy.algebra import AveragePool, Conv, Identity, Linear, Norm, Online, Pad, Scale, Shift
 
 Draw = st.DrawFn
 
@@ -69,6 +69,8 @@ def pointwise(draw: Draw, channels: int) -> Linear:
             norms(channels),
             norms(channels, affine=False),
             st.just(Scale(random_tensor(seed, channels))),
+            st.just(Shift(random_tensor(seed, channels))),
+            st.just(Online(Scale(random_tensor(seed, channels)) + Identity(random_tensor(seed, channels)))),
             st.just(Identity(random_tensor(seed, channels))),
         )
     )

@@ -1,4 +1,4 @@
-"""The papers' block formulas in the algebra, on random tensors: RepVGG alone would allow a toy."""
+"""What the papers' blocks are made of, in the algebra and on random tensors; the blocks themselves are in tests/families."""
 
 from __future__ import annotations
 
@@ -22,78 +22,11 @@ def conv(seed: int, out: int, within: int, height: int, width: int, **geometry: 
     return Conv(random_tensor(seed, out, within, height, width), **geometry)  # type: ignore[arg-type]
 
 
-def acnet(inputs: int, outputs: int, kernel: int, stride: int, padding: int, groups: int, one_dimensional: int) -> Linear:
-    """BN(kxk) + BN(kx1) + BN(1xk): with padding below k//2 the one-dimensional branches read a cropped input.
-
-    `one_dimensional`: k in today's block, 3 in the one of 2019.
-    """
-    within, half, middle = inputs // groups, kernel // 2, one_dimensional // 2
-    common = {"stride": (stride, stride), "groups": groups}
-    along, across = padding - half + middle, padding - half
-    return (
-        (conv(1, outputs, within, kernel, kernel, pads=(padding,) * 4, **common) >> norm(10, outputs))
-        + (conv(2, outputs, within, one_dimensional, 1, pads=(along, across, along, across), **common) >> norm(20, outputs))
-        + (conv(3, outputs, within, 1, one_dimensional, pads=(across, along, across, along), **common) >> norm(30, outputs))
-    )
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize(("kernel", "padding"), [(3, 0), (3, 1), (3, 2), (5, 1), (5, 2), (7, 0), (7, 1), (7, 4)])
-def test_acnet_crops_and_pads(kernel: int, padding: int, stride: int, groups: int) -> None:
-    for one_dimensional in sorted({3, kernel}):
-        block = acnet(8, 12, kernel, stride, padding, groups, one_dimensional)
-        fused = block.squeeze()
-        assert fused.geometry.kernel_size == (kernel, kernel)
-        assert fused.groups == groups
-        assert fused.pads == (padding,) * 4
-        for height, width in ((17, 19), (9, 14), (7, 7)):
-            x = random_tensor(height, 2, 8, height, width)
-            assert torch.allclose(fused.run(x), block.run(x), rtol=0, atol=1e-11)
-
-
-def test_acnet_with_a_last_norm() -> None:
-    """The official conversion ignores it and is off by 4.7 (families sheet); here it is one more link of the series."""
-    block = acnet(8, 10, 3, 1, 1, 2, 3) >> norm(40, 10)
-    x = random_tensor(0, 2, 8, 15, 17)
-    assert torch.allclose(block.squeeze().run(x), block.run(x), rtol=0, atol=1e-11)
-
-
 def bn_and_pad(before: Linear, border: int) -> Linear:
     """DBB's BNAndPad: what follows sees the norm's own answer to zero outside the image."""
     outside = before.squeeze().bias
     assert outside is not None
     return before >> Pad(outside, (border,) * 4)
-
-
-def dbb(inputs: int, outputs: int, kernel: int, stride: int, groups: int, internal: int) -> Linear:
-    """kxk-BN + 1x1-BN + 1x1-BNAndPad-kxk-BN + 1x1-BNAndPad-AVG-BN; depthwise: no 1x1, a plain average."""
-    within, border, step = inputs // groups, kernel // 2, (stride, stride)
-    origin = conv(1, outputs, within, kernel, kernel, stride=step, pads=(border,) * 4, groups=groups) >> norm(10, outputs)
-    first = conv(3, internal, within, 1, 1, groups=groups) >> norm(30, internal)
-    second = conv(4, outputs, internal // groups, kernel, kernel, stride=step, groups=groups) >> norm(40, outputs)
-    block = origin + (bn_and_pad(first, border) >> second)
-    if groups == outputs:
-        pool = AveragePool(torch.ones(inputs, dtype=torch.float64), (kernel, kernel), step, (border, border))
-        return block + (pool >> norm(50, outputs))
-    point = conv(2, outputs, within, 1, 1, stride=step, groups=groups) >> norm(20, outputs)
-    before = conv(5, outputs, within, 1, 1, groups=groups) >> norm(60, outputs)
-    pool = AveragePool(torch.ones(outputs, dtype=torch.float64), (kernel, kernel), step)
-    return block + point + (bn_and_pad(before, border) >> pool >> norm(50, outputs))
-
-
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
-@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 12, 1), (8, 12, 2), (8, 8, 4), (8, 16, 8), (12, 12, 12)])
-def test_dbb_pads_with_the_response_of_its_norm(inputs: int, outputs: int, groups: int, kernel: int, stride: int) -> None:
-    for internal in (inputs, 2 * inputs, 3 * inputs):
-        block = dbb(inputs, outputs, kernel, stride, groups, internal)
-        fused = block.squeeze().zero_filled()
-        assert fused.geometry.kernel_size == (kernel, kernel)
-        assert fused.groups == groups
-        for height, width in ((14, 11), (7, 8), (1, 1)):
-            x = random_tensor(height, 2, inputs, height, width)
-            assert torch.allclose(fused.run(x), block.run(x), rtol=0, atol=1e-11)
 
 
 def test_padding_dbb_with_zero_instead_is_refused() -> None:

@@ -137,8 +137,8 @@ def test_settings_are_read_strictly() -> None:
 
 
 def test_arch_names_are_forgiving() -> None:
-    assert arch_settings("repvgg_b1g4", families())[0] == "RepVGG-B1g4"
-    assert arch_settings(None, families()) == (None, ())
+    assert arch_settings("repvgg_b1g4", None, families())[0] == "RepVGG-B1g4"
+    assert arch_settings(None, None, families()) == (None, ())
 
 
 def test_keys_are_a_tree() -> None:

@@ -9,12 +9,17 @@ def inspect(
     weights: options.Weights = "model",
     arch: options.Arch = None,
     set: options.Settings = None,
+    branches: options.Branches = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
     """Say what a checkpoint holds; nothing in it is executed."""
     from repdeploy import pipeline
-    from repdeploy_cli.render import show_inspection
+    from repdeploy_cli.render import progress, show_inspection
 
-    show_inspection(pipeline.inspect(checkpoint, family=family, weights=weights, arch=arch, set=set or ()))
+    with progress() as report:
+        found = pipeline.inspect(
+            checkpoint, family=family, weights=weights, arch=arch, set=set or (), branches=branches, progress=report
+        )
+    show_inspection(found)

@@ -1,0 +1,96 @@
+"""ACNet: a square kernel and its horizontal and vertical skeleton, each normalised, summed.
+
+y = BN(conv_kxk(x)) + BN(conv_kx1(x)) + BN(conv_1xk(x)) [, then one more BN]
+
+All three look at the same centres: with a padding below k // 2 the one-dimensional branches read a cropped input. The 1-D
+kernels of the block of 2019 have three taps beside any square kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from repdeploy.algebra import Linear
+from repdeploy.errors import NotRecognised
+from repdeploy.family import Block, BlockKind, Family, pair
+from repdeploy.skeletons import (
+    BOTTLENECK_7X7,
+    CIFAR_QUICK,
+    CIFAR_RESNET,
+    LENET,
+    MOBILENET,
+    MOBILENET_7X7,
+    RESNET,
+    RESNET_7X7,
+    VGG,
+    WIDE_RESNET,
+    Architecture,
+    Net,
+    Skeleton,
+    resnet_variants,
+)
+
+
+def layout(level: str) -> BlockKind:
+    """The block itself, or one level down where the builder puts an activation behind it."""
+
+    def branch(block: Block, name: str) -> Linear:
+        return block.conv(f"{level}{name}_conv") >> block.norm(f"{level}{name}_bn")
+
+    def describe(block: Block) -> Linear:
+        block.undilated("its one-dimensional branches cannot be dilated: the official block raises")
+        branches = branch(block, "square") + branch(block, "ver") + branch(block, "hor")
+        return branches >> block.norm(f"{level}last_bn") if f"{level}last_bn" in block else branches
+
+    return BlockKind(f"{level}square_conv.weight", f"{level}fused_conv", describe)
+
+
+def official(skeleton: Skeleton, activated: str) -> Skeleton:
+    """A network of ACNet's own repository, which puts a level `acb` where a ReLU follows; the DBB repository's networks of
+    ACBs have the same names without that level, and another head."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        if f"{activated}.square_conv" in net or f"{activated}.fused_conv" in net:
+            raise NotRecognised(f"{activated} has no level acb, as in the networks of the DBB repository")
+        return skeleton.forward(net, x)
+
+    return replace(skeleton, forward=forward)
+
+
+def cifar_resnet(blocks: int) -> Architecture:
+    return Architecture((blocks, blocks, blocks), (16, 32, 64), facts={"window": 8})
+
+
+FAMILY = Family(
+    name="acnet",
+    title="kxk-BN + kx1-BN + 1xk-BN",
+    source="arXiv:1908.03930, section 3; DingXiaoH/ACNet, DingXiaoH/DiverseBranchBlock",
+    # a convolution without an ACB (1x1, 7x7) stays beside its norm in the official deploy model
+    kinds=(layout(""), layout("acb."), pair("conv", "bn")),
+    skeletons=(
+        official(RESNET_7X7, "stage1.0.conv1"),
+        BOTTLENECK_7X7,
+        CIFAR_RESNET,
+        official(MOBILENET_7X7, "conv1"),
+        VGG,
+        LENET,
+        CIFAR_QUICK,
+        WIDE_RESNET,
+        RESNET,
+        MOBILENET,
+    ),
+    architectures={
+        **resnet_variants(18, 34, 50, prefix="sres", window=7),
+        **resnet_variants(18, 50, prefix="ResNet-"),
+        "src56": cifar_resnet(9),
+        "src110": cifar_resnet(18),
+        "vc": Architecture((1,) * 13, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)),
+        "smi1": Architecture((1, 13), (32, 1024), facts={"window": 7}),
+        "MobileNet": Architecture((1, 13), (32, 1024), facts={"window": "global"}),
+        "cfqkbnc": Architecture((1, 1, 1), (32, 32, 64)),
+        "wrnc16plain": Architecture((1, 2, 2, 2), (16, 128, 256, 512), facts={"window": 8}),
+    },
+    containers="hdf5 (deps or none), {model, optimizer, ...}, {state_dict} with module., bare",
+)

@@ -1,0 +1,53 @@
+"""MobileOne: n copies of the same convolution, a 1x1 and an identity branch, each normalised, summed; ReLU outside.
+
+y = BN(conv_kxk(x)) + ... + BN(conv_kxk(x)) [+ BN(conv1x1(x))] [+ BN(x)]; depthwise 3x3 and dense 1x1 blocks in turn
+"""
+
+from __future__ import annotations
+
+from repdeploy.algebra import Linear
+from repdeploy.family import Block, BlockKind, Family
+from repdeploy.skeletons import REP_VGG, Architecture
+
+
+def layout(copies: str, scale: str, identity: str) -> BlockKind:
+    """The block under one set of names."""
+
+    def describe(block: Block) -> Linear:
+        branches, index = block.conv_norm(f"{copies}.0"), 1
+        while f"{copies}.{index}" in block:
+            branches, index = branches + block.conv_norm(f"{copies}.{index}"), index + 1
+        if scale in block:
+            branches = branches + block.conv_norm(scale)
+        return branches + block.norm(identity) if identity in block else branches
+
+    def inputs(block: Block) -> int | None:
+        return block.shape(f"{identity}.running_mean")[0] if identity in block else None
+
+    return BlockKind(f"{copies}.0.conv.weight", "reparam_conv", describe, inputs)
+
+
+def variant(*multipliers: float) -> Architecture:
+    """Blocks and widths of table 2: each block is a depthwise and a pointwise one."""
+    widths = tuple(int(base * multiplier) for base, multiplier in zip((64, 128, 256, 512), multipliers, strict=True))
+    return Architecture((1, 4, 16, 20, 2), (min(64, widths[0]), *widths))
+
+
+FAMILY = Family(
+    name="mobileone",
+    title="n (kxk-BN) + 1x1-BN + BN",
+    source="arXiv:2206.04040, section 3.2; apple/ml-mobileone; timm",
+    kinds=(
+        layout("rbr_conv", "rbr_scale", "rbr_skip"),
+        layout("conv_kxk", "conv_scale", "identity"),
+    ),
+    skeletons=(REP_VGG,),
+    architectures={
+        "mobileone_s0": variant(0.75, 1.0, 1.0, 2.0),
+        "mobileone_s1": variant(1.5, 1.5, 2.0, 2.5),
+        "mobileone_s2": variant(1.5, 2.0, 2.5, 4.0),
+        "mobileone_s3": variant(2.0, 2.5, 3.0, 4.0),
+        "mobileone_s4": variant(3.0, 3.5, 3.5, 4.0),
+    },
+    containers="bare, timm, Hugging Face",
+)

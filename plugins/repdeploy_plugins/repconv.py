@@ -1,0 +1,72 @@
+"""RepConv: RepVGG's block as YOLO detectors write it, with batch norm's eps at 1e-3, and YOLOv7's implicit layers.
+
+pre = BN(conv3x3(x)) + BN(conv1x1(x)) [+ BN(x)]; implicit: y = m * conv1x1(x + a), m and a learned per channel
+"""
+
+from __future__ import annotations
+
+from repdeploy.algebra import Linear, Scale, Shift
+from repdeploy.family import Block, BlockKind, Family, Found
+
+EPS = 1e-3
+"""YOLOv6, v7 and v9 set it on every batch norm."""
+LEVELS = 8
+"""Resolutions that a detection head may have; the published ones have three or four."""
+
+
+def layout(
+    dense: str, point: str, identity: str, fused: str, conv: str = "conv", norm: str = "bn", *, found: Found, classes: str
+) -> BlockKind:
+    """The block under one set of names; `classes`: what pickled models call it."""
+
+    def describe(block: Block) -> Linear:
+        branches = block.conv_norm(dense, conv, norm) + block.conv_norm(point, conv, norm)
+        return branches + block.norm(identity) if f"{identity}.running_mean" in block else branches
+
+    def inputs(block: Block) -> int | None:
+        key = f"{identity}.running_mean"
+        return block.shape(key)[0] if key in block else None
+
+    def fits(block: Block) -> bool:
+        """Two convolutions that give the same channels, the second of one tap: a 3x3 and a 1x1 in series rarely do."""
+        wide, narrow = f"{dense}.{conv}.weight", f"{point}.{conv}.weight"
+        return narrow in block and block.shape(narrow) == (*block.shape(wide)[:2], 1, 1)
+
+    return BlockKind(
+        f"{dense}.{conv}.weight", fused, describe, inputs, fits, found, tuple(classes.split()), EPS,
+        ordinary_name=fused == "conv",
+    )  # fmt: skip
+
+
+def implicit(level: int) -> BlockKind:
+    """What IDetect does at one resolution: add, convolve, multiply."""
+
+    def describe(block: Block) -> Linear:
+        add, multiply = (block.tensor(f"{part}.{level}.implicit").flatten() for part in ("ia", "im"))
+        return Shift(add) >> block.conv(f"m.{level}") >> Scale(multiply)
+
+    return BlockKind(
+        f"m.{level}.weight",
+        f"m.{level}",
+        describe,
+        inputs=lambda block: block.kernel_shape(f"m.{level}.weight")[1],
+        fits=lambda block: f"ia.{level}.implicit" in block and f"im.{level}.implicit" in block,
+        eps=EPS,
+        ordinary_name=True,
+    )
+
+
+FAMILY = Family(
+    name="repconv",
+    title="3x3-BN + 1x1-BN + BN (YOLO, eps 1e-3); m (1x1 (x + a))",
+    source="meituan/YOLOv6 (RepVGGBlock), WongKinYiu/yolov7 (RepConv, IDetect), WongKinYiu/yolov9 (RepConvN)",
+    kinds=(
+        # YOLOv6 has RepVGG's very keys: without its name, or a pickled model's eps, they are taken for RepVGG's
+        layout("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", found="when named", classes=""),
+        layout("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "0", "1", found="by key", classes="RepConv"),
+        # conv1 and conv2 stand one behind the other in most networks
+        layout("conv1", "conv2", "bn", "conv", found="when named", classes="RepConvN"),
+        *(implicit(level) for level in range(LEVELS)),
+    ),
+    containers="pickled models {model, ema, ...}, bare, {state_dict}",
+)

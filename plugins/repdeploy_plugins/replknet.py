@@ -1,0 +1,38 @@
+"""RepLKNet: a large depthwise kernel and a small one on the same centre, each normalised, summed.
+
+y = BN(conv_KxK(x)) [+ BN(conv_kxk(x))]
+"""
+
+from __future__ import annotations
+
+from repdeploy.algebra import Linear
+from repdeploy.family import Block, BlockKind, Family, pair
+from repdeploy.skeletons import REP_LK, Architecture
+
+
+def describe(block: Block) -> Linear:
+    block.undilated("what its small kernel should do then is not defined")
+    large = block.conv_norm("lkb_origin")
+    return large + block.conv_norm("small_conv") if "small_conv" in block else large
+
+
+def variant(*channels: int) -> Architecture:
+    """Stem, then stages of (2, 2, 18, 2) layers, each two blocks, and a transition of two convolutions between (table 5)."""
+    one, two, three, four = channels
+    return Architecture((4, 4, 2, 4, 2, 36, 2, 4), (one, one, two, two, three, three, four, four))
+
+
+FAMILY = Family(
+    name="replknet",
+    title="KxK-BN + kxk-BN (depthwise)",
+    source="arXiv:2203.06717, section 3.1; DingXiaoH/RepLKNet-pytorch",
+    # all other convolutions stay beside their norms in the official merged model
+    kinds=(BlockKind("lkb_origin.conv.weight", "lkb_reparam", describe), pair("conv", "bn")),
+    skeletons=(REP_LK,),
+    architectures={
+        "RepLKNet-31B": variant(128, 256, 512, 1024),
+        "RepLKNet-31L": variant(192, 384, 768, 1536),
+        "RepLKNet-XL": variant(256, 512, 1024, 2048),
+    },
+    containers="{model, model_ema, args, ...}, {module}, {state_dict}, bare",
+)
