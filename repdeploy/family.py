@@ -35,6 +35,7 @@ class BlockKind:
     `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether the
     keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
     `eps`: batch norm's by convention. `ordinary_name`: other networks use the deploy name too, so it tells nothing.
+    `one_of_several`: more blocks may stand under the same prefix.
     """
 
     anchor: str
@@ -46,6 +47,7 @@ class BlockKind:
     classes: tuple[str, ...] = ()
     eps: float = NORM_EPS
     ordinary_name: bool = False
+    one_of_several: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ class Slot:
     @property
     def label(self) -> str:
         """A name that no other block has: several blocks may share the prefix they were found under."""
-        return join(self.name, self.kind.deploys_as or "") if self.kind.ordinary_name else self.name
+        return self.deploy_module if self.kind.one_of_several else self.name
 
     @property
     def deploy_module(self) -> str:
@@ -539,7 +539,7 @@ def _block_by_block(
             fused = _deployed(kind)
             note(_prefixes(tensors, fused.anchor), owner.name, fused, "deployed")
     for name in _outermost(found):
-        several = [choice for choice in found[name] if choice[1].ordinary_name]
+        several = [choice for choice in found[name] if choice[1].one_of_several]
         for owner_name, kind, form in several or found[name][:1]:
             yield _slot(name, owner_name, kind, form, tensors, keys, facts, unknown)
 

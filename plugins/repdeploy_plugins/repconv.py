@@ -5,8 +5,10 @@ pre = BN(conv3x3(x)) + BN(conv1x1(x)) [+ BN(x)]; implicit: y = m * conv1x1(x + a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from repdeploy.algebra import Linear, Scale, Shift
-from repdeploy.family import Block, BlockKind, Family, Found
+from repdeploy.family import Block, BlockKind, Family
 
 EPS = 1e-3
 """YOLOv6, v7 and v9 set it on every batch norm."""
@@ -14,10 +16,8 @@ LEVELS = 8
 """Resolutions that a detection head may have; the published ones have three or four."""
 
 
-def layout(
-    dense: str, point: str, identity: str, fused: str, conv: str = "conv", norm: str = "bn", *, found: Found, classes: str
-) -> BlockKind:
-    """The block under one set of names; `classes`: what pickled models call it."""
+def layout(dense: str, point: str, identity: str, fused: str, conv: str = "conv", norm: str = "bn") -> BlockKind:
+    """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
         branches = block.conv_norm(dense, conv, norm) + block.conv_norm(point, conv, norm)
@@ -27,15 +27,13 @@ def layout(
         key = f"{identity}.running_mean"
         return block.shape(key)[0] if key in block else None
 
-    def fits(block: Block) -> bool:
-        """Two convolutions that give the same channels, the second of one tap: a 3x3 and a 1x1 in series rarely do."""
-        wide, narrow = f"{dense}.{conv}.weight", f"{point}.{conv}.weight"
-        return narrow in block and block.shape(narrow) == (*block.shape(wide)[:2], 1, 1)
+    return BlockKind(f"{dense}.{conv}.weight", fused, describe, inputs, eps=EPS)
 
-    return BlockKind(
-        f"{dense}.{conv}.weight", fused, describe, inputs, fits, found, tuple(classes.split()), EPS,
-        ordinary_name=fused == "conv",
-    )  # fmt: skip
+
+def side_by_side(block: Block) -> bool:
+    """Whether conv2 can stand beside conv1: the same channels, one tap."""
+    wide, narrow = "conv1.conv.weight", "conv2.conv.weight"
+    return narrow in block and block.shape(narrow) == (*block.shape(wide)[:2], 1, 1)
 
 
 def implicit(level: int) -> BlockKind:
@@ -53,6 +51,7 @@ def implicit(level: int) -> BlockKind:
         fits=lambda block: f"ia.{level}.implicit" in block and f"im.{level}.implicit" in block,
         eps=EPS,
         ordinary_name=True,
+        one_of_several=True,
     )
 
 
@@ -62,10 +61,16 @@ FAMILY = Family(
     source="meituan/YOLOv6 (RepVGGBlock), WongKinYiu/yolov7 (RepConv, IDetect), WongKinYiu/yolov9 (RepConvN)",
     kinds=(
         # YOLOv6 has RepVGG's very keys: without its name, or a pickled model's eps, they are taken for RepVGG's
-        layout("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", found="when named", classes=""),
-        layout("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "0", "1", found="by key", classes="RepConv"),
+        replace(layout("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam"), found="when named"),
+        layout("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam", "0", "1"),
         # conv1 and conv2 stand one behind the other in most networks
-        layout("conv1", "conv2", "bn", "conv", found="when named", classes="RepConvN"),
+        replace(
+            layout("conv1", "conv2", "bn", "conv"),
+            found="when named",
+            classes=("RepConvN",),
+            fits=side_by_side,
+            ordinary_name=True,
+        ),
         *(implicit(level) for level in range(LEVELS)),
     ),
     containers="pickled models {model, ema, ...}, bare, {state_dict}",
