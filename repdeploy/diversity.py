@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from repdeploy.algebra import Linear, branches
+from repdeploy.algebra import Linear, Series, branches
 from repdeploy.records import BlockBranches, Branch
 
 DEAD = 1e-6
@@ -32,16 +34,26 @@ def diversity(name: str, expression: Linear) -> BlockBranches:
         _count(whole.norm(dim=1) <= floor),
         tuple(
             Branch(
-                repr(part),
+                formula,
                 float(shares[index]),
                 float(norms[index]) / size if size else 0.0,
                 tuple(map(float, directions @ directions[index])),
                 _count(rows[index] <= floor),
                 bool((rows[index] <= floor).all()),
             )
-            for index, part in enumerate(parts)
+            for index, formula in enumerate(_own_parts(expression, parts))
         ),
     )
+
+
+def _own_parts(expression: Linear, parts: Sequence[Linear]) -> list[str]:
+    """What each branch is made of, without what follows the sum of all of them."""
+    formulas = [repr(part).split("-") for part in parts]
+    shared = 0
+    if isinstance(expression, Series) and len(parts) > 1:
+        tails = zip(*(reversed(formula[1:]) for formula in formulas), strict=False)
+        shared = sum(1 for _ in takewhile(lambda tail: len(set(tail)) == 1, tails))
+    return ["-".join(formula[: len(formula) - shared]) for formula in formulas]
 
 
 def _count(mask: Tensor) -> int:

@@ -187,9 +187,12 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One branch of a block. `share`: of the squared norm of the fused kernel, so that a block's shares add up to 1 (a
-    branch that works against the others has a negative one); `norm`: of its own kernel over the fused one's; `similarity`:
-    cosine between its kernel and each branch's of the block, in their order; `dead_channels`: outputs it adds nothing to."""
+    """One branch of a block.
+
+    `formula`: what it has of its own. `share`: of the squared norm of the fused kernel, so that a block's shares add up to 1
+    (a branch that works against the others has a negative one). `norm`: of its own kernel over the fused one's. `similarity`:
+    cosine between its kernel and each branch's of the block, in their order. `dead_channels`: outputs it adds nothing to.
+    """
 
     formula: str
     share: float

@@ -403,7 +403,7 @@ def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
     console.print()
     console.print(table)
     if len(blocks) > MAX_BLOCK_ROWS:
-        console.print(f"... {len(blocks) - MAX_BLOCK_ROWS} more blocks: --json has them all")
+        console.print(f"... {len(blocks) - MAX_BLOCK_ROWS} more; --json has them all")
     summary = _table("branch of all blocks~", ">blocks", ">median share", "from .. to", ">dead in")
     kinds = dict.fromkeys((index, item.formula) for block in blocks for index, item in enumerate(block.branches))
     for index, formula in sorted(kinds):
