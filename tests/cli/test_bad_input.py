@@ -13,6 +13,13 @@ import pytest
 import torch
 from torch import nn
 
+from sample_models.acnet import ACBlock, Layers
+from sample_models.backbones import CifarResNet, Layer, repeated
+from sample_models.dbb import DBB
+from sample_models.orepa import OrepaVGG
+from sample_models.repghost import RepGhostModule
+from sample_models.replknet import LargeKernel
+from sample_models.scatter import scatter
 from tests.cli.conftest import CommandLine, InProcess
 from tests.conftest import tree
 from tests.networks import repvgg, save
@@ -87,6 +94,35 @@ def a_linear_model(folder: Path) -> None:
     torch.save(nn.Linear(3, 2).state_dict(), folder / "ckpt.pth")
 
 
+def one_block(name: str, **changes: Any) -> Callable[[Path], None]:
+    """A file with one block of a sample model."""
+
+    def make(folder: Path) -> None:
+        save(BLOCKS[name](**changes), folder / "ckpt.pth")
+
+    return make
+
+
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "acnet": lambda: scatter(ACBlock(Layer(4, 6, 3))),
+    "dbb": lambda: scatter(DBB(Layer(4, 6, 3))),
+    "repghost": lambda fusion="bn": scatter(RepGhostModule(4, 6, True, fusion, False)),
+    "replknet": lambda: scatter(LargeKernel(4, 7, 3, False)),
+}
+
+
+def grouped_orepa_vgg(folder: Path) -> None:
+    state = OrepaVGG(Layer(8, 8, 3)).state_dict()
+    state["rbr_dense.weight_rbr_origin"] = torch.randn(8, 4, 3, 3)
+    torch.save(state, folder / "ckpt.pth")
+
+
+def a_fixed_window(folder: Path) -> None:
+    """A CIFAR ResNet, whose head averages over 8x8."""
+    blocks = repeated((1, 1, 1), ((4, 4), (6, 6), (8, 8)))
+    save(scatter(CifarResNet(Layers(), blocks, 3)), folder / "ckpt.pth")
+
+
 CASES: list[tuple[str, Callable[[Path], None], list[str], int, str]] = [
     ("missing file", nothing, [], 2, "there is no file ckpt.pth"),
     ("text file", text_file, [], 3, "is a text file"),
@@ -124,6 +160,20 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], int, str]] = [
     ("expect missing", plain, ["--expect", "no.npz"], 2, "there is no file no.npz"),
     ("expect is none", plain, ["--expect", "ckpt.pth"], 3, "input"),
     ("output below a file", plain, ["-o", "ckpt.pth/b.repdeploy"], 2, "cannot be written"),
+    ("fusion not told", one_block("repghost", fusion="identity"), [], 3, "its keys do not tell"),
+    ("fusion contradicts", one_block("repghost"), ["--set", "fusion=none"], 3, "contradicts its keys"),
+    ("no such fusion", one_block("repghost"), ["--set", "fusion=conv"], 2, "is no value of fusion"),
+    ("shortcut of one block", one_block("repghost"), ["--set", "shortcut=false"], 2, "changed nothing"),
+    ("dilated dbb", one_block("dbb"), ["--set", "dilation=2"], 3, "only its first branch would dilate"),
+    ("dilated acnet", one_block("acnet"), ["--set", "dilation=2"], 3, "cannot be dilated"),
+    ("dilated replknet", one_block("replknet"), ["--set", "dilation=2"], 3, "not defined"),
+    ("groups that do not divide", one_block("acnet"), ["--set", "groups=5"], 3, "divide"),
+    ("groups against the shapes", one_block("dbb"), ["--set", "groups=2"], 3, "1 groups by its tensors"),
+    ("dbb with another padding", one_block("dbb"), ["--set", "padding=0"], 3, "different heights"),
+    ("grouped OREPA_VGG", grouped_orepa_vgg, [], 3, "OREPA_VGG block of 2 groups"),
+    ("image below a fixed window", a_fixed_window, ["--input-shape", "1x3x16x16"], 3, "fixed window of 8x8"),
+    ("image of two windows", a_fixed_window, ["--input-shape", "1x3x64x64"], 3, "linear takes 8 numbers"),
+    ("no window", a_fixed_window, ["--set", "window=wide"], 2, "is no value of window"),
     ("unknown option", plain, ["--frobnicate"], 2, "--frobnicate"),
     ("unknown gates", plain, ["--gates", "none"], 2, "gates"),
 ]

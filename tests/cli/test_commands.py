@@ -17,7 +17,8 @@ import onnx
 import pytest
 import torch
 
-from tests.cli.conftest import CommandLine
+from sample_models.samples import SAMPLES
+from tests.cli.conftest import CommandLine, InProcess
 from tests.conftest import sha256, tree
 from tests.networks import blocks_inside_a_detector, repvgg, save
 
@@ -78,6 +79,28 @@ def test_inspect_executes_nothing_and_says_what_is_there(repdeploy: CommandLine,
     assert len(found["blocks"]) == 6
     assert found["parameters_after"] < found["parameters_before"]
     assert "3x3-BN + 1x1-BN + BN" in repdeploy("inspect", ckpt).stdout
+
+
+def test_inspect_compares_branches_when_asked(quick: InProcess, ckpt: Path) -> None:
+    assert quick("inspect", ckpt, "--json").json["branches"] == []
+    (first, *_) = quick("inspect", ckpt, "--branches", "--json").json["branches"]
+    assert (first["name"], [branch["formula"] for branch in first["branches"]]) == ("stage0", ["3x3-BN", "1x1-BN"])
+    table = quick("inspect", ckpt, "--branches").stdout
+    assert "branch of all blocks" in table
+    assert "output channels have a fused kernel of zero" in table
+
+
+def test_a_norm_that_stays_is_listed_with_its_reason(quick: InProcess) -> None:
+    sample = SAMPLES["replknet"].checkpoint("replknet")
+    said = "stays a batch norm: norm (it follows a residual sum, in front of the head's pooling)"
+    assert said in quick("convert", sample, "-o", "b.repdeploy", "--input-shape", "1x1x16x16").stdout
+    assert said in quick("export", "b.repdeploy").stdout
+
+
+def test_a_long_formula_stands_below_its_table_once(quick: InProcess) -> None:
+    answer = quick("inspect", SAMPLES["orepa"].checkpoint("orepa")).stdout
+    assert answer.count("DW3x3-1x1-SCALE") == 1
+    assert "B = (3x3-SCALE + " in answer
 
 
 def test_a_second_conversion_keeps_what_was_exported(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
@@ -211,6 +234,7 @@ def test_families_and_doctor(repdeploy: CommandLine) -> None:
     families = repdeploy("families", "--json")
     assert families.status == 0
     assert "repvgg" in {item["name"] for item in families.json["families"]}
+    assert [item["asks"] for item in families.json["families"] if item["name"] == "repghost"] == [["fusion", "shortcut"]]
     assert "3x3-BN + 1x1-BN + BN" in repdeploy("families").stdout
     doctor = repdeploy("doctor", "--json")
     assert doctor.status == 0

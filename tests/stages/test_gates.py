@@ -12,7 +12,7 @@ import torch
 
 import repdeploy
 from repdeploy import fusion, gates
-from repdeploy.algebra import Conv, Norm
+from repdeploy.algebra import Conv, Linear, Norm, Online
 from repdeploy.bundle import Bundle
 from repdeploy.checkpoint import load
 from repdeploy.errors import InputError, VerificationFailed
@@ -45,6 +45,28 @@ def expression() -> Any:
         torch.rand(4, generator=generator, dtype=torch.float64),
     )
     return Conv(weight, pads=(1, 1, 1, 1)) >> Norm(mean, var + 0.1)
+
+
+class SqueezedWrongly(Linear):
+    """Runs one convolution and squeezes to another: what a mistake in a composition rule would look like."""
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.squeeze().run(x) * 1.001
+
+    def squeeze(self, tolerance: float = 0.0) -> Conv:
+        return Conv(torch.ones(4, 4, 1, 1, dtype=torch.float64))
+
+    @property
+    def geometry(self) -> Any:
+        return self.squeeze().geometry
+
+
+def test_gate_1_looks_into_what_generates_a_kernel() -> None:
+    """A block that squeezes before it runs agrees with itself, whatever it squeezes to; its branches must not."""
+    block = Online(SqueezedWrongly()) >> expression().parts[1]
+    assert not gates.algebra("b", block, block.squeeze()).passed
+    sound = Online(Conv(torch.ones(4, 4, 1, 1, dtype=torch.float64))) >> expression().parts[1]
+    assert gates.algebra("b", sound, sound.squeeze()).passed
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 2)])
