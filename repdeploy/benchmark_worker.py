@@ -70,14 +70,14 @@ def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[
         write_onnx(network, scratch / f"{name}.onnx", image, batch=None, provenance={})
         return scratch / f"{name}.onnx"
 
-    def training() -> Network:
-        return training_twin(bundle, families, image)
+    def training(static: bool = False) -> Network:
+        return training_twin(bundle, families, image, static=static)
 
     def deploy() -> Network:
         return deploy_network(bundle, families, image)
 
     return [
-        ("training-time", Job(image, threads, training, lambda: onnx_of("training", training()))),
+        ("training-time", Job(image, threads, training, lambda: onnx_of("training", training(static=True)))),
         ("deploy", Job(image, threads, deploy, lambda: onnx_of("deploy", deploy()))),
     ]
 

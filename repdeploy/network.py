@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repdeploy.algebra import Conv, Linear
+from repdeploy.algebra import Conv, Linear, fixed
 from repdeploy.errors import CannotSqueeze
 from repdeploy.facts import Facts
 from repdeploy.recognise import Plan, Table
@@ -135,8 +135,9 @@ class Description:
     expressions: Mapping[str, Linear]
     linears: Mapping[str, tuple[Tensor, Tensor | None]]
 
-    def network(self, *, squeezed: bool, dtype: torch.dtype) -> Network:
-        """`squeezed`: one convolution per slot (a norm that stands alone stays one), else its expression.
+    def network(self, *, squeezed: bool, dtype: torch.dtype, static: bool = False) -> Network:
+        """`squeezed`: one convolution per slot (a norm that stands alone stays one), else its expression; `static`: with
+        generated kernels computed once, for a graph to be exported.
 
         Raises CannotSqueeze.
         """
@@ -148,7 +149,8 @@ class Description:
                 conv = conv.map(lambda tensor: tensor.to(dtype))
                 layers[name] = self.plan.slots[name].deploy_module, ConvLayer(conv)
             else:
-                layers[name] = name, ExpressionLayer(expression.map(lambda tensor: tensor.to(dtype)))
+                literal = fixed(expression) if static else expression
+                layers[name] = name, ExpressionLayer(literal.map(lambda tensor: tensor.to(dtype)))
         for name, (weight, bias) in self.linears.items():
             layers[name] = name, LinearLayer(weight.to(dtype), None if bias is None else bias.to(dtype))
         return Network(self.plan, layers).eval()

@@ -58,6 +58,7 @@ def rebuilt(
     *,
     squeezed: bool,
     dtype: torch.dtype = torch.float32,
+    static: bool = False,
 ) -> Network:
     """The network that these tensors are, described with the facts a bundle recorded.
 
@@ -67,7 +68,8 @@ def rebuilt(
     recognition = recognise(tensors, families, known, input_shape=image)
     if recognition.plan is None:
         raise InputError("the weights are no network that is known here", hint="convert the checkpoint again")
-    return describe(recognition.plan, tensors, reader(tensors), known).network(squeezed=squeezed, dtype=dtype)
+    description = describe(recognition.plan, tensors, reader(tensors), known)
+    return description.network(squeezed=squeezed, dtype=dtype, static=static)
 
 
 def require_network(bundle: Bundle) -> None:
@@ -94,11 +96,14 @@ def deploy_network(bundle: Bundle, families: Sequence[Family], image: Image, dty
     return rebuilt(bundle.tensors(), families, bundle.manifest.facts, image, squeezed=True, dtype=dtype)
 
 
-def training_twin(bundle: Bundle, families: Sequence[Family], image: Image) -> Network:
-    """The training-time network with harmless weights: latency needs the branches, not their values."""
+def training_twin(bundle: Bundle, families: Sequence[Family], image: Image, *, static: bool = False) -> Network:
+    """The training-time network with harmless weights: latency needs the branches, not their values.
+
+    `static`: to be exported; kernels that training generates at every step are then generated once.
+    """
     require_network(bundle)
     tensors = synthetic(bundle.manifest.training)
-    return rebuilt(tensors, families, bundle.manifest.facts, image, squeezed=False)
+    return rebuilt(tensors, families, bundle.manifest.facts, image, squeezed=False, static=static)
 
 
 def synthetic(structure: Mapping[str, TensorShape]) -> dict[str, StoredTensor]:

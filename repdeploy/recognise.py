@@ -566,9 +566,11 @@ def _architecture(
         f", groups {seen.groups}" if seen.groups > 1 else ""
     )
     table = {name: item for family in families for name, item in family.architectures.items()}
-    if arch is not None and (wanted := table[arch]) and replace(wanted, facts={}) != seen:
+    if arch is not None and not _is(table[arch], seen):
+        wanted = table[arch]
         raise InputError(
-            f"this is not {arch}: it has {own}; {arch} has blocks {_listed(wanted.depths)}, widths {_listed(wanted.widths)}"
+            f"this is not {arch}: it is {seen.skeleton} with {own}; {arch} is {wanted.skeleton or 'a network'} with blocks "
+            f"{_listed(wanted.depths)}, widths {_listed(wanted.widths)}"
             + (f", groups {wanted.groups}" if wanted.groups > 1 else ""),
             hint="leave --arch out: the architecture is read from the shapes",
         )
@@ -576,7 +578,7 @@ def _architecture(
     fitting = [
         name
         for name, item in table.items()
-        if replace(item, facts={}) == seen and all((fact, str(value)) in used for fact, value in item.facts.items())
+        if _is(item, seen) and all((fact, str(value)) in used for fact, value in item.facts.items())
     ]
     called = _names_in(stored or "")
     name = arch or next((item for item in fitting if _plain_name(item) in called), next(iter(fitting), None))
@@ -584,6 +586,11 @@ def _architecture(
     if stored is not None and _plain_name(name or "") not in called:
         notes = (f"the file calls itself {stored}; its shapes are {name or own}, and shapes win",)
     return name or f"{plan.skeleton.name} ({own})", notes
+
+
+def _is(official: Architecture, seen: Architecture) -> bool:
+    """Whether a network has an official variant's shapes, and its skeleton where that matters."""
+    return replace(official, facts={}, skeleton=official.skeleton or seen.skeleton) == seen
 
 
 def _measured(plan: Plan) -> Architecture:
@@ -597,7 +604,8 @@ def _measured(plan: Plan) -> Architecture:
         stages[stage] = slot.squeezed.out_channels
         if slot.squeezed.groups < slot.squeezed.in_channels:
             groups = max(groups, slot.squeezed.groups)
-    return Architecture(tuple(len(plan.stages.get(stage, (stage,))) for stage in stages), tuple(stages.values()), groups)
+    depths = tuple(len(plan.stages.get(stage, (stage,))) for stage in stages)
+    return Architecture(depths, tuple(stages.values()), groups, skeleton=plan.skeleton.name)
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -60,7 +60,7 @@ def official(skeleton: Skeleton, activated: str) -> Skeleton:
 
 
 def cifar_resnet(blocks: int) -> Architecture:
-    return Architecture((blocks, blocks, blocks), (16, 32, 64), facts={"window": 8})
+    return Architecture((blocks, blocks, blocks), (16, 32, 64))
 
 
 FAMILY = Family(
@@ -82,15 +82,16 @@ FAMILY = Family(
         MOBILENET,
     ),
     architectures={
-        **resnet_variants(18, 34, 50, prefix="sres", window=7),
+        **resnet_variants(18, 34, prefix="sres", skeleton=RESNET_7X7),
+        **resnet_variants(50, prefix="sres", skeleton=BOTTLENECK_7X7),
         **resnet_variants(18, 50, prefix="ResNet-"),
         "src56": cifar_resnet(9),
         "src110": cifar_resnet(18),
         "vc": Architecture((1,) * 13, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)),
-        "smi1": Architecture((1, 13), (32, 1024), facts={"window": 7}),
-        "MobileNet": Architecture((1, 13), (32, 1024), facts={"window": "global"}),
+        "smi1": Architecture((1, 13), (32, 1024), skeleton=MOBILENET_7X7.name),
+        "MobileNet": Architecture((1, 13), (32, 1024), skeleton=MOBILENET.name),
         "cfqkbnc": Architecture((1, 1, 1), (32, 32, 64)),
-        "wrnc16plain": Architecture((1, 2, 2, 2), (16, 128, 256, 512), facts={"window": 8}),
+        "wrnc16plain": Architecture((1, 2, 2, 2), (16, 128, 256, 512)),
     },
     containers="hdf5 (deps or none), {model, optimizer, ...}, {state_dict} with module., bare",
 )

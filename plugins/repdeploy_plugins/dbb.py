@@ -71,7 +71,7 @@ FAMILY = Family(
     skeletons=(RESNET, MOBILENET),
     architectures={
         **resnet_variants(18, 34, 50, 101, prefix="ResNet-"),
-        "MobileNet": Architecture((1, 13), (32, 1024), facts={"window": "global"}),
+        "MobileNet": Architecture((1, 13), (32, 1024)),
     },
     containers="{state_dict} with module., bare, hdf5 (stage0. or not)",
 )

@@ -119,9 +119,9 @@ FAMILY = Family(
     skeletons=(RESNET, REP_VGG),
     architectures={
         **resnet_variants(18, 34, 50, 101, prefix="ResNet-"),
-        "ResNet-18-1.5x": Architecture((1, 2, 2, 2, 2), (96, 96, 192, 384, 768), facts={"window": "global"}),
-        "ResNet-18-2x": Architecture((1, 2, 2, 2, 2), (128, 128, 256, 512, 1024), facts={"window": "global"}),
-        "ResNeXt-50": Architecture((1, 3, 4, 6, 3), (64, 256, 512, 1024, 2048), 32, {"window": "global"}),
+        "ResNet-18-1.5x": Architecture((1, 2, 2, 2, 2), (96, 96, 192, 384, 768)),
+        "ResNet-18-2x": Architecture((1, 2, 2, 2, 2), (128, 128, 256, 512, 1024)),
+        "ResNeXt-50": Architecture((1, 3, 4, 6, 3), (64, 256, 512, 1024, 2048), 32),
         "RepVGG-A0": Architecture((1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
         "RepVGG-A1": Architecture((1, 2, 4, 14, 1), (64, 64, 128, 256, 1280)),
         "RepVGG-A2": Architecture((1, 2, 4, 14, 1), (64, 96, 192, 384, 1408)),

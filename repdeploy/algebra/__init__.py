@@ -2,7 +2,7 @@
 
 from repdeploy.algebra.branches import branches, linearize
 from repdeploy.algebra.conv import Conv
-from repdeploy.algebra.generated import Flip, Online, generated
+from repdeploy.algebra.generated import Flip, Online, fixed, generated
 from repdeploy.algebra.geometry import Geometry, Pads, Pair
 from repdeploy.algebra.leaves import NORM_EPS, AveragePool, Identity, Norm, Pad, Scale, Shift
 from repdeploy.algebra.linear import FILL_TOLERANCE, Linear, Parallel, Series
@@ -26,6 +26,7 @@ __all__ = [
     "Series",
     "Shift",
     "branches",
+    "fixed",
     "generated",
     "linearize",
 ]

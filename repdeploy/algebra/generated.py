@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from torch import Tensor
 
 from repdeploy.algebra.conv import Conv
 from repdeploy.algebra.geometry import Geometry
-from repdeploy.algebra.linear import FILL_TOLERANCE, Linear
+from repdeploy.algebra.linear import FILL_TOLERANCE, Linear, Parallel, Series
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -58,6 +59,17 @@ class Flip(Linear):
     def squeeze(self, tolerance: float = FILL_TOLERANCE) -> Conv:
         squeezed = self.inside.squeeze(tolerance)
         return replace(squeezed, weight=squeezed.weight.flip(2, 3))
+
+
+def fixed(expression: Linear) -> Linear:
+    """The same map with every generated kernel computed once: what a static graph of a training-time network can hold."""
+    if isinstance(expression, Online | Flip):
+        return expression.squeeze()
+    if isinstance(expression, Series):
+        return reduce(Linear.__rshift__, map(fixed, expression.parts))
+    if isinstance(expression, Parallel):
+        return reduce(Linear.__add__, map(fixed, expression.parts))
+    return expression
 
 
 def generated(expression: Linear) -> Iterator[Linear]:

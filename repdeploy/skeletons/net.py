@@ -72,9 +72,11 @@ class Skeleton:
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """An official variant: slots and last width per stage (what a skeleton asks the `children` of; any other slot is a
-    stage of its own); the largest number of groups that is no depthwise one; facts it settles."""
+    stage of its own); the largest number of groups that is no depthwise one; facts it settles; `skeleton`: the name of its
+    network, where others of the family have the same shapes."""
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
     groups: int = 1
     facts: Mapping[str, Any] = field(default_factory=dict)
+    skeleton: str = ""

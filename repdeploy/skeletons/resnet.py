@@ -70,14 +70,14 @@ BOTTLENECK_7X7 = _skeleton("bottleneck_resnet_7x7", Layout(("conv1",), FOUR, "bl
 CIFAR_RESNET = _skeleton("cifar_resnet", Layout(("stage1.conv1",), FOUR[:3], "block", "linear", 8, is_small=True))
 
 
-def resnet_variants(*depths: int, prefix: str, window: int | str = GLOBAL) -> Mapping[str, Architecture]:
-    """The official ImageNet ResNets (table 1) under their repository's names, with its head's window."""
+def resnet_variants(*depths: int, prefix: str, skeleton: Skeleton = RESNET) -> Mapping[str, Architecture]:
+    """The official ImageNet ResNets (table 1) under their repository's names, as that repository builds them."""
     blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
     return {
         f"{prefix}{depth}": Architecture(
             (1, *blocks[depth]),
             (64, *(width * (1 if depth < 50 else 4) for width in (64, 128, 256, 512))),
-            facts={WINDOW.name: window},
+            skeleton=skeleton.name,
         )
         for depth in depths
     }

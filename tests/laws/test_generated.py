@@ -22,6 +22,7 @@ from repdeploy.algebra import (
     Series,
     Shift,
     branches,
+    fixed,
     generated,
     linearize,
 )
@@ -126,6 +127,16 @@ def test_the_kernels_of_all_branches_add_up_to_the_block(data: st.DataObject, wi
         whole = block.squeeze()
         empty = replace(whole, weight=torch.zeros_like(whole.weight), bias=None)
         close(sum(empty.plus(part.squeeze()).weight for part in parts), whole.weight, 1e-10)
+
+
+@given(st.data(), widths)
+def test_fixed_kernels_are_the_same_map_without_any_generation(data: st.DataObject, width: int) -> None:
+    inside = branching(data, width)
+    after = data.draw(pointwise(width))
+    block = (Online(inside) >> after) + inside
+    still = fixed(block)
+    same(still, block)
+    assert list(generated(still)) == []
 
 
 def test_a_sum_inside_one_branch_belongs_to_that_branch() -> None:
