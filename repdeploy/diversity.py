@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from repdeploy.algebra import Linear, Series, branches
+from repdeploy.algebra import Linear, Online, Parallel, Series, branches
 from repdeploy.records import BlockBranches, Branch
 
 DEAD = 1e-6
@@ -34,26 +32,33 @@ def diversity(name: str, expression: Linear) -> BlockBranches:
         _count(whole.norm(dim=1) <= floor),
         tuple(
             Branch(
-                formula,
+                _own_part(expression, part),
                 float(shares[index]),
                 float(norms[index]) / size if size else 0.0,
                 tuple(map(float, directions @ directions[index])),
                 _count(rows[index] <= floor),
                 bool((rows[index] <= floor).all()),
             )
-            for index, formula in enumerate(_own_parts(expression, parts))
+            for index, part in enumerate(parts)
         ),
     )
 
 
-def _own_parts(expression: Linear, parts: Sequence[Linear]) -> list[str]:
-    """What each branch is made of, without what follows the sum of all of them."""
-    formulas = [repr(part).split("-") for part in parts]
-    shared = 0
-    if isinstance(expression, Series) and len(parts) > 1:
-        tails = zip(*(reversed(formula[1:]) for formula in formulas), strict=False)
-        shared = sum(1 for _ in takewhile(lambda tail: len(set(tail)) == 1, tails))
-    return ["-".join(formula[: len(formula) - shared]) for formula in formulas]
+def _own_part(expression: Linear, branch: Linear) -> str:
+    """What a branch is made of, without what follows the sum of all of them."""
+    after = _behind_the_sum(expression)
+    if after and isinstance(branch, Series):
+        return repr(Series(branch.parts[:-after]))
+    return repr(branch)
+
+
+def _behind_the_sum(expression: Linear) -> int:
+    """How many parts follow the sum of a block's branches."""
+    if isinstance(expression, Online):
+        return _behind_the_sum(expression.inside)
+    if isinstance(expression, Series) and isinstance(expression.parts[0], Online | Parallel):
+        return len(expression.parts) - 1 + _behind_the_sum(expression.parts[0])
+    return 0
 
 
 def _count(mask: Tensor) -> int:

@@ -114,13 +114,17 @@ class Facts:
     def __init__(self, settings: Iterable[Setting] = (), attributes: Mapping[str, Mapping[str, object]] | None = None) -> None:
         self.settings = tuple(settings)
         self.attributes = attributes or {}
-        self._used: dict[tuple[str, str, Origin], list[str]] = {}
+        self._used: dict[tuple[str, str, Origin], dict[str, None]] = {}
         self._touched: set[Setting] = set()
 
     def stated(self, scope: str, name: str) -> Setting | None:
         """The innermost setting of that name that covers the scope."""
         covering = [item for item in self.settings if item.name == name and item.covers(scope)]
         return max(covering, key=lambda item: len(item.scope), default=None)
+
+    def tells(self, scope: str, name: str, module: str) -> bool:
+        """Whether somebody states a fact, or the file does."""
+        return self.stated(scope, name) is not None or name in self.attributes.get(module, {})
 
     def resolve(
         self,
@@ -131,9 +135,16 @@ class Facts:
         convention: T,
         origin: Origin = "skeleton",
         read: Callable[[object], T] | None = None,
+        is_plain: bool = False,
     ) -> T:
-        """The value of a fact for a block. `module`: the submodule whose stored attribute `read` may take it from."""
+        """The value of a fact for a block. `module`: the submodule whose stored attribute `read` may take it from.
+
+        `is_plain`: for a layer that is no block, such as squeeze-excite. What is said about the block around it is not said
+        about such a layer, and its convention is not worth a line in the report.
+        """
         setting = self.stated(scope, name)
+        if is_plain and setting is not None and setting.scope != scope:
+            setting = None
         if setting is not None:
             self._touched.add(setting)
             value: T = setting.value
@@ -146,12 +157,10 @@ class Facts:
                     f"{module} was pickled with {name} = {self.attributes[module][name]!r}, which is not understood",
                     hint=f"state it with --set {scope}.{name}=VALUE",
                 ) from reason
-        return self.used(scope, name, convention, origin)
+        return convention if is_plain else self.used(scope, name, convention, origin)
 
     def used(self, scope: str, name: str, value: T, origin: Origin) -> T:
-        scopes = self._used.setdefault((name, str(value), origin), [])
-        if scope not in scopes:
-            scopes.append(scope)
+        self._used.setdefault((name, str(value), origin), {})[scope] = None
         return value
 
     def unrecorded(self) -> Facts:

@@ -7,9 +7,10 @@ export or benchmark it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class BlockKind:
     `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether the
     keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
     `eps`: batch norm's by convention. `ordinary_name`: other networks use the deploy name too, so it tells nothing.
-    `one_of_several`: more blocks may stand under the same prefix.
+    `one_of_several`: more blocks may stand under the same prefix. `geometry_of`: the submodule whose attributes a pickled
+    block's stride, padding and dilation are, where that is not the anchor's.
     """
 
     anchor: str
@@ -48,6 +50,7 @@ class BlockKind:
     eps: float = NORM_EPS
     ordinary_name: bool = False
     one_of_several: bool = False
+    geometry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,13 @@ class Place:
     origin: Origin = "skeleton"
 
 
+class Read(Protocol):
+    """How a description gets its numbers."""
+
+    def __call__(self, key: str, rows: int | None = None) -> Tensor:
+        """A stored tensor, or its first `rows`, in the dtype of the description."""
+
+
 class Block:
     """The tensors under one prefix, seen by a description: parts by name, geometry as facts, all numbers in float64.
 
@@ -87,9 +97,7 @@ class Block:
     Raises InputError where a part is missing, not finite, or contradicts the others.
     """
 
-    def __init__(
-        self, name: str, kind: BlockKind, keys: Keys, read: Callable[[str], Tensor], facts: Facts, place: Place
-    ) -> None:
+    def __init__(self, name: str, kind: BlockKind, keys: Keys, read: Read, facts: Facts, place: Place) -> None:
         self.name, self.kind, self.facts, self.place = name, kind, facts, place
         self.consumed: list[str] = []
         self._keys, self._read = keys, read
@@ -114,20 +122,44 @@ class Block:
             raise InputError(f"{self.path(key)} has shape {shape}; expected a kernel (out, in / groups, height, width)")
         return shape
 
-    def tensor(self, part: str) -> Tensor:
-        """A stored tensor in float64."""
-        self.shape(part)
+    def tensor(self, part: str, rows: int | None = None) -> Tensor:
+        """A stored tensor in float64, or only its first `rows`: nothing is asked of the others."""
+        shape = self.shape(part)
+        if rows is not None and (not shape or shape[0] < rows):
+            raise InputError(f"{self.path(part)} has shape {shape}; expected at least {rows} rows")
         path = self.path(part)
         if path not in self.consumed:
             self.consumed.append(path)
-        return self._read(path)
+        return self._read(path, rows)
+
+    def numbered(self, part: str, prefix: str = "") -> int:
+        """How many parts are called prefix + 0, 1, ... under `part`. Raises InputError where one of them is missing."""
+        where = self.path(part)
+        found = self._keys.children(where, prefix)
+        expected = tuple(join(where, f"{prefix}{index}") for index in range(len(found)))
+        if found != expected:
+            missing = next(name for name in expected if name not in found)
+            raise InputError(f"{missing} is missing among {len(found)} parts that are numbered after it")
+        return len(found)
 
     def _geometry(self, name: str, convention: int, read: Callable[[object], int], origin: Origin | None = None) -> int:
         anchor = self.path(self.kind.anchor)
         module = anchor.removesuffix(".weight") if anchor.endswith(".weight") else anchor.rpartition(".")[0]
+        if self.kind.geometry_of is not None:
+            module = self.path(self.kind.geometry_of)
         return self.facts.resolve(
-            self.name, name, module=module, convention=convention, origin=origin or self.place.origin, read=read
+            self.name,
+            name,
+            module=module,
+            convention=convention,
+            origin=origin or self.place.origin,
+            read=read,
+            is_plain=self.kind is PLAIN,
         )
+
+    def channels(self, norm: str) -> int | None:
+        """How many channels a norm has, where it is there: what a block with a norm of its input takes."""
+        return math.prod(self.shape(f"{norm}.running_mean")) if f"{norm}.running_mean" in self else None
 
     @property
     def stride(self) -> int:
@@ -233,7 +265,7 @@ class Block:
                 raise InputError(
                     f"{self.path(key)}: a {height}x{width} kernel does not stand at the centre of the block's {tall}x{wide} one"
                 )
-            if self.kind.found != "in a network" and not (tall % 2 and wide % 2):
+            if not (tall % 2 and wide % 2):
                 raise InputError(f"{self.path(self.kind.anchor)}: a {tall}x{wide} kernel has no centre; odd sizes are expected")
             whole = self.dilation
             down = self.padding(whole * (tall // 2)) - whole * (tall // 2) + dilation * (height // 2)
@@ -251,13 +283,31 @@ class Block:
 
     def norm(self, part: str) -> Norm:
         """The batch norm of `part`; without weight and bias it has no affine part."""
-        gamma, beta = (self.tensor(key) if key in self else None for key in (join(part, "weight"), join(part, "bias")))
+        affine = [join(part, "weight"), join(part, "bias")]
+        if not any(key in self for key in affine):
+            affine = []
+        gamma, beta = map(self.tensor, affine) if affine else (None, None)
         mean, var = self.tensor(join(part, "running_mean")), self.tensor(join(part, "running_var"))
         return Norm(mean, var, gamma, beta, self.eps(part))
 
     def conv_norm(self, part: str, conv: str = "conv", norm: str = "bn") -> Linear:
         """`part`.conv, centred, then `part`.bn."""
         return self.conv(f"{part}.{conv}") >> self.norm(f"{part}.{norm}")
+
+    def with_identity(self, branches: Linear, part: str) -> Linear:
+        """The branches and the norm of the input, which such blocks have exactly where the map keeps its shape.
+
+        Raises InputError where a network says that it does, and the norm is not there.
+        """
+        if f"{part}.running_mean" in self or f"{part}.weight" in self:
+            return branches + self.norm(part)
+        keeps = self.place.in_channels == branches.out_channels and self.stride == 1
+        if keeps and not self.facts.tells(self.name, "stride", self.path(self.kind.anchor).removesuffix(".weight")):
+            raise InputError(
+                f"{self.path(part)} is missing: {self.name} keeps width and resolution, so it has an identity branch",
+                hint=f"if its resolution changes, state it: --set {self.name}.stride=2; else the file is not complete",
+            )
+        return branches
 
     def identity(self) -> Identity:
         """The input itself, where a branch without parameters passes it on."""

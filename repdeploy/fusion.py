@@ -5,7 +5,7 @@ Fusing streams: one block's tensors are in memory at a time, and reading, squeez
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,14 +33,14 @@ from repdeploy.checkpoint import Checkpoint, StoredTensor
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import InputError, UsageError, VerificationFailed
 from repdeploy.facts import Facts, Setting
-from repdeploy.family import Family
+from repdeploy.family import Family, Read
 from repdeploy.inspection import describe_blocks, recognised, source_record
 from repdeploy.keys import Keys, inside
 from repdeploy.network import squeeze
 from repdeploy.progress import Progress, each
 from repdeploy.proof import prove_network
 from repdeploy.rebuild import not_finite, reader
-from repdeploy.recognise import COUNTER, Recognition, Slot, keys_of
+from repdeploy.recognise import COUNTER, Recognition, Slot, Table, keys_of
 from repdeploy.records import (
     ASSUMED,
     Check,
@@ -247,6 +247,7 @@ def _fuse(
                 done.add(slot.label)
                 steps.append((slot.label, slot))
                 weight, bias = slot.deploy_keys
+                _one_form_only(slot, tensors)
                 table[weight] = slot.squeezed.weight_shape, dtype
                 table[bias] = (slot.squeezed.out_channels,), dtype
         elif reason := next((why for name, why in recognition.dropped.items() if inside(key, name)), None):
@@ -257,6 +258,7 @@ def _fuse(
     checks: list[Check] = []
     read = reader(tensors)
     changes: dict[float, float] = {}
+    assuming = set() if recognition.plan is not None else _assuming_eps(facts)
     with WeightsWriter(path, table) as writer, gates.exact_arithmetic():
         for name, slot in each(progress, "fusing and proving blocks", steps):
             if slot is None:
@@ -265,7 +267,7 @@ def _fuse(
             expression = slot.describe(read, facts, keys)
             fused = squeeze(name, expression)
             checks.append(gates.algebra(name, expression, fused, request.seed))
-            if recognition.plan is None and _assumes_eps(facts, slot.name):
+            if slot.name in assuming:
                 assumed = slot.kind.eps
                 changes[assumed] = max(changes.get(assumed, 0.0), _change_at(slot, read, facts, keys, fused))
             weight, bias = slot.deploy_keys
@@ -306,15 +308,26 @@ def _copied(key: str, tensor: StoredTensor, dtype: torch.dtype, must_be_finite: 
     return values.to(dtype)
 
 
-def _assumes_eps(facts: Facts, name: str) -> bool:
-    return any(fact.name == "eps" and fact.origin == "default" and name in fact.scopes for fact in facts.record())
+def _assuming_eps(facts: Facts) -> set[str]:
+    """The blocks whose eps nobody states."""
+    return {scope for fact in facts.record() if fact.name == "eps" and fact.origin == "default" for scope in fact.scopes}
+
+
+def _one_form_only(slot: Slot, tensors: Table) -> None:
+    """Raises InputError where a block is there in its training form and fused as well."""
+    both = next((key for key in slot.deploy_keys if key in tensors and key not in slot.consumed), None)
+    if both is not None:
+        raise InputError(
+            f"block {slot.name or '(the whole file)'} has its branches and {both} as well: only one of them can be right",
+            hint="save the state dict of the training-time model, or of the deploy model, not of both",
+        )
 
 
 def _other_eps(assumed: float) -> float:
     return NORM_EPS if assumed == YOLO_EPS else YOLO_EPS
 
 
-def _change_at(slot: Slot, read: Callable[[str], Tensor], facts: Facts, keys: Keys, fused: Conv) -> float:
+def _change_at(slot: Slot, read: Read, facts: Facts, keys: Keys, fused: Conv) -> float:
     """How much the kernel would change, relative to its largest entry, with the other usual eps."""
     other = Facts((*facts.settings, Setting("", "eps", _other_eps(slot.kind.eps))), facts.attributes)
     changed: Linear = slot.describe(read, other, keys)

@@ -21,6 +21,18 @@ class Keys:
         return frozenset(key[:end] for key in self.shapes for end in [*(i for i, c in enumerate(key) if c == "."), len(key)])
 
     @cached_property
+    def _below(self) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = {}
+        for key in self.shapes:
+            for end in [*(i for i, c in enumerate(key) if c == "."), len(key)]:
+                found.setdefault(key[:end], []).append(key)
+        return {name: tuple(keys) for name, keys in found.items()}
+
+    def below(self, name: str) -> tuple[str, ...]:
+        """The tensor of that name, or every tensor under it."""
+        return self._below.get(name, ())
+
+    @cached_property
     def _children(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
         numbers: dict[tuple[str, str], list[int]] = {}
         for name in self.names:

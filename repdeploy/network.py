@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repdeploy.algebra import Conv, Linear, fixed
 from repdeploy.errors import CannotSqueeze
 from repdeploy.facts import Facts
+from repdeploy.family import Read
 from repdeploy.recognise import Plan, Table
 
 
@@ -164,7 +165,7 @@ def squeeze(name: str, expression: Linear) -> Conv:
         raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
 
 
-def describe(plan: Plan, tensors: Table, read: Callable[[str], Tensor], facts: Facts) -> Description:
+def describe(plan: Plan, tensors: Table, read: Read, facts: Facts) -> Description:
     """Describe every slot over the tensors that `read` gives in float64; training-time and deploy files alike."""
     expressions = {name: slot.describe_whole(read, facts, plan.keys) for name, slot in plan.slots.items()}
     linears = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from repdeploy.bundle import WEIGHTS, Bundle
 from repdeploy.checkpoint import Checkpoint, StoredTensor
 from repdeploy.checkpoint.other_files import read_safetensors
 from repdeploy.facts import Facts, settings_of
-from repdeploy.family import Family
+from repdeploy.family import Family, Read
 from repdeploy.network import Description, describe, squeeze
 from repdeploy.progress import Progress, each
 from repdeploy.rebuild import fact_kinds, reader, rebuilt
@@ -65,19 +65,29 @@ def _stored_pairs(
     description: Description,
     fused: torch.nn.Module,
     written: Mapping[str, StoredTensor],
-    read: Callable[[str], Tensor],
+    read: Read,
     facts: Facts,
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """What should be stored beside what is. Where a block's norms are stored apart, the network has them folded in."""
-    plan = description.plan
-    apart = {key: slot for slot in plan.slots.values() if len(slot.parts) > 1 for key in slot.deploy_keys}
-    for name, exact in fused.state_dict().items():
-        if name in written and name not in apart:
-            yield name, exact, written[name].read()
-    for slot in dict.fromkeys(slot for slot in apart.values() if slot.form == "training"):
-        conv = squeeze(slot.label, slot.describe(read, facts, plan.keys))
-        for key, exact in zip(slot.deploy_keys, (conv.weight, conv.bias_or_zero()), strict=True):
-            yield key, exact, written[key].read()
+    """What should be stored beside what is, for every block that was fused and every linear layer.
+
+    Where a block's norms are stored apart, the network has them folded in, and the block is squeezed anew without them.
+    """
+    plan, whole = description.plan, fused.state_dict()
+    for slot in plan.slots.values():
+        if slot.form != "training":
+            continue
+        if len(slot.parts) == 1:
+            exact = [whole.get(key) for key in slot.deploy_keys]
+        else:
+            conv = squeeze(slot.label, slot.describe(read, facts, plan.keys))
+            exact = [conv.weight, conv.bias]
+        for key, values in zip(slot.deploy_keys, exact, strict=True):
+            stored = written[key].read()
+            yield key, torch.zeros_like(stored, dtype=torch.float64) if values is None else values, stored
+    for name in plan.linears:
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in whole:
+                yield key, whole[key], written[key].read()
 
 
 def prove_again(
@@ -90,7 +100,8 @@ def prove_again(
 ) -> list[Check]:
     """Every gate anew, on other images: the checkpoint, described with the recorded facts, against the stored weights."""
     manifest = bundle.manifest
-    facts = Facts(settings_of(manifest.facts, fact_kinds(families)))
+    stated = (item for item in settings_of(manifest.facts, fact_kinds(families)) if item.origin != "file")
+    facts = Facts(stated, checkpoint.attributes)
     image = (shape[1:] if shape else None) or (manifest.gate_shape or None)
     recognition = recognise(checkpoint.tensors, families, facts, family=manifest.family, input_shape=image)  # type: ignore[arg-type]
     read, keys, written = reader(checkpoint.tensors), keys_of(checkpoint.tensors), bundle.tensors()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from repdeploy.bundle import Bundle
 from repdeploy.checkpoint import StoredTensor
 from repdeploy.errors import InputError
 from repdeploy.facts import GEOMETRY, FactKind, Facts, settings_of
-from repdeploy.family import Family
+from repdeploy.family import Family, Read
 from repdeploy.network import Network, describe
 from repdeploy.recognise import Table, recognise
 from repdeploy.records import Fact, TensorShape
@@ -26,11 +26,11 @@ def fact_kinds(families: Iterable[Family]) -> list[FactKind]:
     return list({kind.name: kind for kind in kinds}.values())
 
 
-def reader(tensors: Table) -> Callable[[str], Tensor]:
+def reader(tensors: Table) -> Read:
     """Read tensors in float64. Raises InputError for NaN and Inf, by name."""
 
-    def read(key: str) -> Tensor:
-        values = tensors[key].read()
+    def read(key: str, rows: int | None = None) -> Tensor:
+        values = tensors[key].read() if rows is None else tensors[key].read()[:rows]
         if not values.dtype.is_floating_point:
             raise InputError(f"{key} has type {str(values.dtype).removeprefix('torch.')}; expected floating point weights")
         # a sum in float64 is finite exactly when its terms are: float32 cannot overflow it

@@ -7,7 +7,7 @@ whose anchors are unmistakable are still found, one by one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from repdeploy.algebra import Geometry, Linear
 from repdeploy.checkpoint import StoredTensor
 from repdeploy.errors import CannotSqueeze, IllegalInput, InputError, NotRecognised, UsageError
 from repdeploy.facts import Facts, Setting
-from repdeploy.family import NORM, PLAIN, Block, BlockKind, Family, Place
+from repdeploy.family import NORM, PLAIN, Block, BlockKind, Family, Place, Read
 from repdeploy.keys import Keys, inside, join
 from repdeploy.records import Fact, Match, NoMatch
 from repdeploy.skeletons import Architecture, Skeleton
@@ -73,11 +73,11 @@ class Slot:
         """Itself and the norms around it, in the order they run."""
         return tuple(part for part in (self.before, self, self.behind) if part is not None)
 
-    def describe(self, read: Callable[[str], Tensor], facts: Facts, keys: Keys) -> Linear:
+    def describe(self, read: Read, facts: Facts, keys: Keys) -> Linear:
         """The block over real tensors, without the norms around it; `read` gives them in the wanted dtype."""
-        return self.kind.describe(Block(self.name, self.kind, keys, read, _facts_for(self.kind, facts), self.place))
+        return self.kind.describe(Block(self.name, self.kind, keys, read, facts, self.place))
 
-    def describe_whole(self, read: Callable[[str], Tensor], facts: Facts, keys: Keys) -> Linear:
+    def describe_whole(self, read: Read, facts: Facts, keys: Keys) -> Linear:
         """The block between the norms around it."""
         return reduce(Linear.__rshift__, (part.describe(read, facts, keys) for part in self.parts))
 
@@ -233,8 +233,8 @@ def _matches(family: Family, tensors: Table, facts: Facts, named: bool) -> Match
     keys = keys_of(tensors)
     training = sum(len(_standing(kind, tensors, keys)) for kind in telling)
     training += sum(len(_pickled_as(kind, keys, facts)) for kind in family.kinds if kind not in telling)
-    deploy_names = dict.fromkeys(kind.deploys_as for kind in telling if kind.deploys_as and not kind.ordinary_name)
-    fused = sum(len(_prefixes(tensors, f"{name}.weight")) for name in deploy_names)
+    deployed = {kind.deploys_as: _deployed(kind) for kind in telling if kind.deploys_as and not kind.ordinary_name}
+    fused = sum(len(_standing(kind, tensors, keys)) for kind in deployed.values())
     if training or fused:
         return Match(family.name, training, fused)
     anchors = " or ".join(dict.fromkeys(repr(kind.anchor) for kind in telling if not kind.ordinary_name))
@@ -259,7 +259,7 @@ def _pickled_as(kind: BlockKind, keys: Keys, facts: Facts) -> list[str]:
     ]
 
 
-def _unread(key: str) -> Tensor:
+def _unread(key: str, rows: int | None = None) -> Tensor:
     raise AssertionError(f"{key} was read to find out what it is")
 
 
@@ -269,8 +269,13 @@ def _prefixes(tensors: Table, anchor: str) -> list[str]:
 
 
 def _outermost(names: Iterable[str]) -> list[str]:
-    found = list(dict.fromkeys(names))
-    return [name for name in found if not any(other != name and inside(name, other) for other in found)]
+    found = dict.fromkeys(names)
+    return [name for name in found if not any(above in found for above in _levels_above(name))]
+
+
+def _levels_above(name: str) -> Iterable[str]:
+    """Every prefix of a dotted name, the root first; none of the root itself."""
+    return [name[:end] for end in (0, *(i for i, c in enumerate(name) if c == "."))] if name else []
 
 
 def _deployed(kind: BlockKind) -> BlockKind:
@@ -280,6 +285,7 @@ def _deployed(kind: BlockKind) -> BlockKind:
         join(where, "weight"),
         where,
         lambda block: block.conv(where),
+        fits=lambda block: join(where, "bias") in block,
         found=kind.found,
         ordinary_name=kind.ordinary_name,
     )
@@ -306,23 +312,41 @@ def _slot_at(
 
 
 def _slot(name: str, owner: str, kind: BlockKind, form: Form, tensors: Table, keys: Keys, facts: Facts, place: Place) -> Slot:
-    block = Block(name, kind, keys, lambda key: _ghost(tensors[key].shape), _facts_for(kind, facts), place)
+    def ghost(key: str, rows: int | None = None) -> Tensor:
+        shape = tensors[key].shape
+        return _ghost(shape if rows is None else (rows, *shape[1:]))
+
+    block = Block(name, kind, keys, ghost, facts, place)
     try:
         expression = kind.describe(block)
         squeezed = expression.geometry
     except CannotSqueeze as reason:
         raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
-    except ValueError as reason:
+    except (ValueError, RuntimeError, TypeError, IndexError) as reason:  # torch's answers to shapes that do not meet
         raise InputError(
-            f"the tensors of block {name or '(the whole file)'} contradict each other: {reason}",
+            f"the tensors of block {name or '(the whole file)'} contradict each other: {str(reason).splitlines()[0]}",
             hint="the file mixes two networks, or a fact given with --set is wrong",
         ) from reason
+    _nothing_left(block, keys)
     return Slot(name, owner, kind, form, place, tuple(block.consumed), repr(expression), squeezed)
 
 
-def _facts_for(kind: BlockKind, facts: Facts) -> Facts:
-    """A plain layer's geometry is its skeleton's: no fact is asked for, so none is recorded."""
-    return Facts() if kind is PLAIN else facts
+def _nothing_left(block: Block, keys: Keys) -> None:
+    """Raises InputError where a part of a block holds tensors that its description does not know: it is another block.
+
+    Squeeze-excite and activations beside the branches are not the block's; two blocks may share a prefix.
+    """
+    if block.kind.found == "in a network" or block.kind.one_of_several:
+        return
+    consumed = set(block.consumed)
+    parts = {key.removeprefix(f"{block.name}." if block.name else "").split(".")[0] for key in consumed}
+    for part in parts:
+        for key in keys.below(block.path(part)):
+            if key not in consumed and key.rpartition(".")[2] != COUNTER:
+                raise InputError(
+                    f"{key} has no place in block {block.name or '(the whole file)'}, as far as such blocks are known",
+                    hint="another part of the block is missing, or it is a variant that is not known here",
+                )
 
 
 def _ghost(shape: tuple[int, ...]) -> Tensor:
@@ -367,8 +391,9 @@ class _Planner:
                 raise NotRecognised(f"nothing known stands at {name} ({', '.join(there) or 'no key'})")
             if before is not None:
                 slot = replace(slot, before=self._norm(before, slot.squeezed.in_channels))
-            # whoever folded the norm behind a convolution left its shift in a bias
-            if behind is not None and (behind in self.keys or not any(key.endswith("bias") for key in slot.consumed)):
+            # whoever folded the norm behind a plain convolution left its shift in a bias
+            is_folded = slot.kind is PLAIN and join(name, "bias") in slot.consumed
+            if behind is not None and (behind in self.keys or not is_folded):
                 slot = replace(slot, behind=self._norm(behind, slot.squeezed.out_channels))
             self.slots[name] = slot
         return self._through(slot, x)
@@ -399,6 +424,8 @@ class _Planner:
 
     def fact(self, name: str, convention: Any) -> Any:
         if name not in self.answers:
+            if name not in {kind.name for kind in self.skeleton.facts}:
+                raise LookupError(f"the skeleton {self.skeleton.name} asks for {name!r}, which it does not declare")
             self.answers[name] = self.facts.resolve("", name, convention=convention)
         return self.answers[name]
 
@@ -417,8 +444,13 @@ class _Planner:
         return name in self.keys
 
     def children(self, name: str, prefix: str = "") -> tuple[str, ...]:
-        self.stages[name] = self.keys.children(name, prefix)
-        return self.stages[name]
+        found = self.keys.children(name, prefix)
+        first = found[0].removeprefix(join(name, prefix)).removeprefix(".") if found else "0"
+        start = 1 if first == "1" and prefix else 0
+        if found != tuple(join(name, f"{prefix}{index}") for index in range(start, start + len(found))):
+            raise NotRecognised(f"a number is missing among {', '.join(found[:3])} ... {found[-1]}")
+        self.stages[name] = found
+        return found
 
     def drop(self, name: str, reason: str) -> None:
         if name in self.keys:
@@ -470,16 +502,16 @@ def _fit(
         return NoMatch(skeleton.name, f"{len(left)} tensors have no place in it: {', '.join(left[:3])}")
     facts.absorb(planner.facts)
     return Plan(
-        skeleton,
-        planner.slots,
-        tuple(planner.linears),
-        planner.norms,
-        planner.answers,
-        planner.stages,
-        planner.dropped,
-        planner.keys,
-        channels,
-        shape,
+        skeleton=skeleton,
+        slots=planner.slots,
+        linears=tuple(planner.linears),
+        norms=planner.norms,
+        facts=planner.answers,
+        stages=planner.stages,
+        dropped=planner.dropped,
+        keys=planner.keys,
+        channels=channels,
+        gate_shape=shape,
     )
 
 
@@ -537,7 +569,7 @@ def _block_by_block(
     for owner, kind in kinds:
         if kind.found != "in a network" and kind.deploys_as and not kind.ordinary_name:
             fused = _deployed(kind)
-            note(_prefixes(tensors, fused.anchor), owner.name, fused, "deployed")
+            note(_standing(fused, tensors, keys), owner.name, fused, "deployed")
     for name in _outermost(found):
         several = [choice for choice in found[name] if choice[1].one_of_several]
         for owner_name, kind, form in several or found[name][:1]:
@@ -566,6 +598,11 @@ def _architecture(
         f", groups {seen.groups}" if seen.groups > 1 else ""
     )
     table = {name: item for family in families for name, item in family.architectures.items()}
+    if arch is not None and arch not in table:
+        raise InputError(
+            f"--arch {arch} is an architecture of another family than {', '.join(item.name for item in families)}",
+            hint="leave --arch out: the architecture is read from the shapes",
+        )
     if arch is not None and not _is(table[arch], seen):
         wanted = table[arch]
         raise InputError(

@@ -37,8 +37,12 @@ class Generated(nn.Module):
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
         kind = next(kind for kind in FAMILY.kinds if kind.anchor == self.anchor)
         keys = Keys({name: tuple(value.shape) for name, value in tensors.items()})
+
+        def read(key: str, rows: int | None = None) -> Tensor:
+            return tensors[key] if rows is None else tensors[key][:rows]
+
         place = Place(self.layer.inputs, self.layer.stride, self.layer.padding)
-        return kind.describe(Block("", kind, keys, tensors.__getitem__, Facts(), place))
+        return kind.describe(Block("", kind, keys, read, Facts(), place))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.bn(convolve(self.description(), x))

@@ -49,11 +49,12 @@ def layout(level: str) -> BlockKind:
 
 def official(skeleton: Skeleton, activated: str) -> Skeleton:
     """A network of ACNet's own repository, which puts a level `acb` where a ReLU follows; the DBB repository's networks of
-    ACBs have the same names without that level, and another head."""
+    ACBs have the same names without that level, bottlenecks among them, and another head."""
 
     def forward(net: Net, x: Tensor) -> Tensor:
-        if f"{activated}.square_conv" in net or f"{activated}.fused_conv" in net:
-            raise NotRecognised(f"{activated} has no level acb, as in the networks of the DBB repository")
+        for name in (f"{activated}.square_conv", f"{activated}.fused_conv", "stage1.0.conv3"):
+            if name in net:
+                raise NotRecognised(f"{name} is there, as in the networks of the DBB repository")
         return skeleton.forward(net, x)
 
     return replace(skeleton, forward=forward)

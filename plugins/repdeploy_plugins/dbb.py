@@ -19,7 +19,7 @@ def describe(block: Block) -> Linear:
     origin = block.conv_norm("dbb_origin")
     series = padded_norm(block, first(block), "dbb_1x1_kxk.bn1")
     series = series >> block.conv("dbb_1x1_kxk.conv2", padding=0) >> block.norm("dbb_1x1_kxk.bn2")
-    if "dbb_avg.conv" not in block:  # depthwise
+    if "dbb_avg.conv" not in block and "dbb_1x1" not in block:  # depthwise
         return origin + series + (average(block, border(block)) >> block.norm("dbb_avg.avgbn"))
     pooled = padded_norm(block, block.conv("dbb_avg.conv", stride=1, padding=0), "dbb_avg.bn")
     pooled = pooled >> average(block, 0) >> block.norm("dbb_avg.avgbn")

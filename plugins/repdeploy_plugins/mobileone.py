@@ -14,15 +14,15 @@ def layout(copies: str, scale: str, identity: str) -> BlockKind:
     """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
-        branches, index = block.conv_norm(f"{copies}.0"), 1
-        while f"{copies}.{index}" in block:
-            branches, index = branches + block.conv_norm(f"{copies}.{index}"), index + 1
+        branches: Linear = block.conv_norm(f"{copies}.0")
+        for index in range(1, block.numbered(copies)):
+            branches = branches + block.conv_norm(f"{copies}.{index}")
         if scale in block:
             branches = branches + block.conv_norm(scale)
-        return branches + block.norm(identity) if identity in block else branches
+        return block.with_identity(branches, identity)
 
     def inputs(block: Block) -> int | None:
-        return block.shape(f"{identity}.running_mean")[0] if identity in block else None
+        return block.channels(identity)
 
     return BlockKind(f"{copies}.0.conv.weight", "reparam_conv", describe, inputs)
 

@@ -9,31 +9,37 @@ Rows of `vector`, the averaging map, the frequency filters and the identity are 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import reduce
+
+from torch import Tensor
 
 from repdeploy.algebra import Conv, Flip, Linear, Online, Scale
-from repdeploy.errors import InputError
+from repdeploy.errors import InputError, NotRecognised
 from repdeploy.family import Block, BlockKind, Family, pair
-from repdeploy.skeletons import REP_VGG, RESNET, Architecture, resnet_variants
+from repdeploy.skeletons import REP_VGG, RESNET, Architecture, Net, Skeleton, rep_vgg_variants, resnet_variants
 
 EXPANSION = 8
 """Rows of the depthwise branch per input channel."""
 
 
-def generated(block: Block, prefix: str, names: str, padding: int, stride: int) -> Linear:
+def kernel(block: Block, prefix: str, names: str, padding: int, stride: int) -> Linear:
     """W of section 3.3. `prefix`: in front of every key; `names`: what the repository calls the weights (orepa, rbr);
     `padding`: that of the kxk kernels."""
-    vector, groups, key = block.tensor(f"{prefix}vector"), block.groups, f"{prefix}weight_{names}_"
+    groups, key = block.groups, f"{prefix}weight_{names}_"
     channels = groups * block.kernel_shape(f"{key}origin")[1]
     origin = block.conv(f"{key}origin", padding=padding, stride=stride)
-    half = origin.geometry.kernel_size[0] // 2
+    outputs, size = origin.out_channels, origin.geometry.kernel_size
 
     def point(part: str) -> Conv:
         return block.conv(f"{key}{part}", stride=1, padding=0)
 
-    def filtered(part: str) -> Conv:
+    def filtered(part: str, *shape: int) -> Conv:
         """A buffer as one filter per output channel."""
-        kernel = block.tensor(f"{key}{part}").expand(origin.out_channels, *origin.geometry.kernel_size).unsqueeze(1)
-        return Conv(kernel, None, origin.stride, origin.pads, origin.dilation, origin.out_channels)
+        if block.shape(f"{key}{part}") != shape:
+            raise InputError(f"{block.path(key + part)} has shape {block.shape(key + part)}; expected {shape}")
+        filters = block.tensor(f"{key}{part}").expand(outputs, *size).unsqueeze(1)
+        return Conv(filters, None, origin.stride, origin.pads, origin.dilation, outputs)
 
     first: Linear = point("1x1_kxk_idconv1" if f"{key}1x1_kxk_idconv1" in block else "1x1_kxk_conv1")
     if f"{prefix}id_tensor" in block:
@@ -42,25 +48,28 @@ def generated(block: Block, prefix: str, names: str, padding: int, stride: int) 
     rows = block.tensor(f"{key}gconv_pw")  # in the order (out / groups, groups), unlike those of a grouped convolution
     branches: list[Linear] = [
         origin,
-        point("avg_conv") >> filtered("avg_avg"),
-        point("pfir_conv") >> filtered("prior"),
+        point("avg_conv") >> filtered("avg_avg", *size),
+        point("pfir_conv") >> filtered("prior", outputs, *size),
         first >> block.conv(f"{key}1x1_kxk_conv2", padding=padding, stride=stride),
     ]
-    if f"{key}1x1" in block:
-        branches.append(block.conv(f"{key}1x1", padding=padding - half * origin.dilation[0], stride=stride))
+    if names == "orepa":
+        centred = padding - size[0] // 2 * origin.dilation[0]
+        branches.append(block.conv(f"{key}1x1", padding=centred, stride=stride))
     branches.append(depthwise >> Conv(rows.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1), groups=groups))
-    scaled = [branch >> Scale(row) for branch, row in zip(branches, vector, strict=False)]
+    # a row more than there are branches is memory that nobody initialised
+    vector = block.tensor(f"{prefix}vector", rows=len(branches))
+    scaled = [branch >> Scale(row) for branch, row in zip(branches, vector, strict=True)]
     return sum(scaled[1:], start=scaled[0])
 
 
 def orepa(block: Block) -> Linear:
     half = block.kernel_shape("weight_orepa_origin")[2] // 2
-    return Online(generated(block, "", "orepa", block.padding(block.dilation * half), block.stride)) >> block.norm("bn")
+    return Online(kernel(block, "", "orepa", block.padding(block.dilation * half), block.stride)) >> block.norm("bn")
 
 
 def point(block: Block) -> Linear:
     """OREPA_1x1: W = v0 O + v1 C2 C1."""
-    one, two = block.tensor("vector")
+    one, two = block.tensor("vector", rows=2)
     origin, series = block.conv("weight_or1x1_origin"), block.conv("weight_or1x1_l2i_conv1", stride=1)
     weights = (origin >> Scale(one)) + (series >> block.conv("weight_or1x1_l2i_conv2") >> Scale(two))
     return Online(weights) >> block.norm("bn")
@@ -68,16 +77,16 @@ def point(block: Block) -> Linear:
 
 def stem(block: Block) -> Linear:
     """LargeConv and LargeConvBase: n 3x3 kernels make one of 2n + 1; the first has all the padding, the last the stride."""
-    count = next(index for index in range(1, 64) if f"weight{index}" not in block)
-    padding, whole = block.padding(block.dilation * count), None
-    for index in range(count):
-        geometry = {"padding": padding if index == 0 else 0, "stride": block.stride if index == count - 1 else 1}
+    count = block.numbered("", "weight")
+    padding = block.padding(block.dilation * count)
+
+    def part(index: int) -> Linear:
+        border, stride = padding if index == 0 else 0, block.stride if index == count - 1 else 1
         if f"weight{index}.weight_orepa_origin" in block:
-            part: Linear = generated(block, f"weight{index}.", "orepa", **geometry)
-        else:
-            part = block.conv(f"weight{index}", **geometry)
-        whole = part if whole is None else whole >> Flip(part)
-    assert whole is not None
+            return kernel(block, f"weight{index}.", "orepa", border, stride)
+        return block.conv(f"weight{index}", padding=border, stride=stride)
+
+    whole = reduce(Linear.__rshift__, (Flip(part(index)) for index in range(1, count)), part(0))
     return Online(whole) >> block.norm("bn")
 
 
@@ -89,9 +98,22 @@ def vgg(block: Block) -> Linear:
             "does not run: its kernel generation raises",
             hint="check where the file comes from: these weights cannot have been trained by the official code",
         )
-    dense = Online(generated(block, "rbr_dense.", "rbr", block.padding(block.dilation), block.stride))
+    dense = Online(kernel(block, "rbr_dense.", "rbr", block.padding(block.dilation), block.stride))
     branches = (dense >> block.norm("rbr_dense.bn")) + block.conv_norm("rbr_1x1")
-    return branches + block.norm("rbr_identity") if "rbr_identity" in block else branches
+    return block.with_identity(branches, "rbr_identity")
+
+
+def without_vgg_blocks(skeleton: Skeleton) -> Skeleton:
+    """OREPA_VGG in a ResNet can be built, and then applies a ReLU behind the last convolution of each block too."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        if "stage1.0.conv1.rbr_dense" in net or "stage1.0.conv1.rbr_reparam" in net:
+            raise NotRecognised(
+                "OREPA_VGG blocks in a ResNet apply a ReLU in front of the residual sum, unlike every other block"
+            )
+        return skeleton.forward(net, x)
+
+    return replace(skeleton, forward=forward)
 
 
 def inputs(prefix: str) -> Callable[[Block], int]:
@@ -112,20 +134,24 @@ FAMILY = Family(
         BlockKind("weight_orepa_origin", "orepa_reparam", orepa, inputs("weight_orepa_")),
         BlockKind("weight_or1x1_origin", "or1x1_reparam", point),
         BlockKind("rbr_dense.weight_rbr_origin", "rbr_reparam", vgg, inputs("rbr_dense.weight_rbr_")),
-        BlockKind("weight0.weight_orepa_origin", "or_large_reparam", stem, inputs("weight0.weight_orepa_")),
-        BlockKind("weight0", "or_large_reparam", stem, base_inputs, fits=lambda block: "weight1" in block and "bn" in block),
+        BlockKind("weight0.weight_orepa_origin", "or_large_reparam", stem, inputs("weight0.weight_orepa_"), geometry_of=""),
+        BlockKind(
+            "weight0",
+            "or_large_reparam",
+            stem,
+            base_inputs,
+            fits=lambda block: "weight1" in block and "bn" in block,
+            geometry_of="",
+        ),
         pair("conv", "bn", deploys_as="conv"),
     ),
-    skeletons=(RESNET, REP_VGG),
+    skeletons=(without_vgg_blocks(RESNET), REP_VGG),
     architectures={
         **resnet_variants(18, 34, 50, 101, prefix="ResNet-"),
         "ResNet-18-1.5x": Architecture((1, 2, 2, 2, 2), (96, 96, 192, 384, 768)),
         "ResNet-18-2x": Architecture((1, 2, 2, 2, 2), (128, 128, 256, 512, 1024)),
         "ResNeXt-50": Architecture((1, 3, 4, 6, 3), (64, 256, 512, 1024, 2048), 32),
-        "RepVGG-A0": Architecture((1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
-        "RepVGG-A1": Architecture((1, 2, 4, 14, 1), (64, 64, 128, 256, 1280)),
-        "RepVGG-A2": Architecture((1, 2, 4, 14, 1), (64, 96, 192, 384, 1408)),
-        "RepVGG-B1": Architecture((1, 4, 6, 16, 1), (64, 128, 256, 512, 2048)),
+        **rep_vgg_variants("A0", "A1", "A2", "B1"),
     },
     containers="{state_dict} with module., bare",
 )

@@ -20,12 +20,10 @@ def layout(dense: str, point: str, identity: str, fused: str, conv: str = "conv"
     """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
-        branches = block.conv_norm(dense, conv, norm) + block.conv_norm(point, conv, norm)
-        return branches + block.norm(identity) if f"{identity}.running_mean" in block else branches
+        return block.with_identity(block.conv_norm(dense, conv, norm) + block.conv_norm(point, conv, norm), identity)
 
     def inputs(block: Block) -> int | None:
-        key = f"{identity}.running_mean"
-        return block.shape(key)[0] if key in block else None
+        return block.channels(identity)
 
     return BlockKind(f"{dense}.{conv}.weight", fused, describe, inputs, eps=EPS)
 
@@ -33,7 +31,7 @@ def layout(dense: str, point: str, identity: str, fused: str, conv: str = "conv"
 def side_by_side(block: Block) -> bool:
     """Whether conv2 can stand beside conv1: the same channels, one tap."""
     wide, narrow = "conv1.conv.weight", "conv2.conv.weight"
-    return narrow in block and block.shape(narrow) == (*block.shape(wide)[:2], 1, 1)
+    return narrow in block and block.shape(narrow) == (*block.shape(wide)[:2], 1, 1) != block.shape(wide)
 
 
 def implicit(level: int) -> BlockKind:

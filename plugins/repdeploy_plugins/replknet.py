@@ -16,6 +16,11 @@ def describe(block: Block) -> Linear:
     return large + block.conv_norm("small_conv") if "small_conv" in block else large
 
 
+def inputs(block: Block) -> int:
+    """Both kernels are depthwise."""
+    return block.kernel_shape("lkb_origin.conv.weight")[0]
+
+
 def variant(*channels: int) -> Architecture:
     """Stem, then stages of (2, 2, 18, 2) layers, each two blocks, and a transition of two convolutions between (table 5)."""
     one, two, three, four = channels
@@ -27,7 +32,7 @@ FAMILY = Family(
     title="KxK-BN + kxk-BN (depthwise)",
     source="arXiv:2203.06717, section 3.1; DingXiaoH/RepLKNet-pytorch",
     # all other convolutions stay beside their norms in the official merged model
-    kinds=(BlockKind("lkb_origin.conv.weight", "lkb_reparam", describe), pair("conv", "bn")),
+    kinds=(BlockKind("lkb_origin.conv.weight", "lkb_reparam", describe, inputs), pair("conv", "bn")),
     skeletons=(REP_LK,),
     architectures={
         "RepLKNet-31B": variant(128, 256, 512, 1024),

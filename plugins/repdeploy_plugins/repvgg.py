@@ -5,20 +5,21 @@ pre = BN(conv3x3(x)) + BN(conv1x1(x)) [+ BN(x), where widths and resolution stay
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from repdeploy.algebra import Linear
 from repdeploy.family import Block, BlockKind, Family
-from repdeploy.skeletons import REP_VGG, Architecture
+from repdeploy.skeletons import REP_VGG, Architecture, rep_vgg_variants
 
 
 def layout(dense: str, point: str, identity: str, fused: str) -> BlockKind:
     """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
-        branches = block.conv_norm(dense) + block.conv_norm(point)
-        return branches + block.norm(identity) if identity in block else branches
+        return block.with_identity(block.conv_norm(dense) + block.conv_norm(point), identity)
 
     def inputs(block: Block) -> int | None:
-        return block.shape(f"{identity}.weight")[0] if identity in block else None
+        return block.channels(identity)
 
     return BlockKind(f"{dense}.conv.weight", fused, describe, inputs)
 
@@ -29,22 +30,13 @@ def with_norm(fused: str) -> BlockKind:
 
 
 def variants() -> dict[str, Architecture]:
-    """RepVGG-A0 ... B3, and their grouped forms: every second layer in 2 or 4 groups (section 3.4, table 2)."""
-    table = {}
-    for name, width in WIDTHS.items():
-        depths = DEPTHS[name[0]]
-        table[f"RepVGG-{name}"] = Architecture(depths, width)
-        if name in ("B1", "B2", "B3"):
-            table.update({f"RepVGG-{name}g{groups}": Architecture(depths, width, groups) for groups in (2, 4)})
+    """The published ones, and their grouped forms: every second layer in 2 or 4 groups (section 3.4, table 2)."""
+    table = rep_vgg_variants()
+    for name in ("RepVGG-B1", "RepVGG-B2", "RepVGG-B3"):
+        table.update({f"{name}g{groups}": replace(table[name], groups=groups) for groups in (2, 4)})
     return table
 
 
-WIDTHS = {
-    "A0": (48, 48, 96, 192, 1280), "A1": (64, 64, 128, 256, 1280), "A2": (64, 96, 192, 384, 1408),
-    "B0": (64, 64, 128, 256, 1280), "B1": (64, 128, 256, 512, 2048), "B2": (64, 160, 320, 640, 2560),
-    "B3": (64, 192, 384, 768, 2560), "D2se": (64, 160, 320, 640, 2560),
-}  # fmt: skip
-DEPTHS = {"A": (1, 2, 4, 14, 1), "B": (1, 4, 6, 16, 1), "D": (1, 8, 14, 24, 1)}
 PLUS = {"RepVGGplus-L2pse": Architecture((1, 8, 14, 12, 12, 1), (64, 160, 320, 640, 640, 2560))}
 
 FAMILY = Family(

@@ -9,9 +9,8 @@ import torch
 
 from repdeploy.algebra.conv import Conv
 from repdeploy.algebra.generated import Flip, Online
-from repdeploy.algebra.leaves import NORM_EPS, Norm, Pad, Scale, Shift
+from repdeploy.algebra.leaves import NORM_EPS, Identity, Norm, Pad, Scale, Shift
 from repdeploy.algebra.linear import Linear, Parallel, Series
-from repdeploy.errors import CannotSqueeze
 
 
 def linearize(expression: Linear) -> Series:
@@ -28,7 +27,7 @@ def linearize(expression: Linear) -> Series:
 
 def _without_constants(expression: Linear) -> Linear:
     if isinstance(expression, Series):
-        return reduce(Linear.__rshift__, [_without_constants(part) for part in expression.parts if not isinstance(part, Shift)])
+        return reduce(Linear.__rshift__, map(_without_constants, expression.parts))
     if isinstance(expression, Parallel):
         return reduce(Linear.__add__, map(_without_constants, expression.parts))
     if isinstance(expression, Online | Flip):
@@ -40,7 +39,7 @@ def _without_constants(expression: Linear) -> Linear:
     if isinstance(expression, Conv):
         return replace(expression, bias=None, fill=None)
     if isinstance(expression, Shift):
-        raise CannotSqueeze("a constant alone has no linear part")
+        return Identity(torch.ones_like(expression.value))
     return expression
 
 

@@ -28,7 +28,7 @@ MAX_KEY = 500
 MAX_MODULES = 100_000
 ARCHITECTURE_NAMES = ("arch", "architecture", "model_name")
 NAMING_OBJECTS = ("args", "config", "cfg", "hyper_parameters", "hparams")
-GEOMETRY = ("eps", "stride", "padding", "dilation", "groups", "kernel_size", "padding_mode", "ceil_mode")
+GEOMETRY = ("eps", "stride", "padding", "dilation", "groups", "padding_mode")
 """Attributes of a pickled layer that its tensors do not tell."""
 
 

@@ -1,13 +1,13 @@
 """Networks over slots, public so that other distributions' families can use them."""
 
 from repdeploy.skeletons.attention import squeeze_excite
-from repdeploy.skeletons.layers import averaged, layer, summed
+from repdeploy.skeletons.layers import WINDOW, averaged, layer, summed
 from repdeploy.skeletons.mobilenet import MOBILENET, MOBILENET_7X7
 from repdeploy.skeletons.net import Architecture, Net, Skeleton
 from repdeploy.skeletons.plain import CIFAR_QUICK, LENET, VGG
 from repdeploy.skeletons.rep_ghost import REP_GHOST
 from repdeploy.skeletons.rep_lk import REP_LK
-from repdeploy.skeletons.rep_vgg import REP_VGG
+from repdeploy.skeletons.rep_vgg import REP_VGG, rep_vgg_variants
 from repdeploy.skeletons.resnet import BOTTLENECK_7X7, CIFAR_RESNET, RESNET, RESNET_7X7, resnet_variants
 from repdeploy.skeletons.wide_resnet import WIDE_RESNET
 
@@ -25,11 +25,13 @@ __all__ = [
     "RESNET_7X7",
     "VGG",
     "WIDE_RESNET",
+    "WINDOW",
     "Architecture",
     "Net",
     "Skeleton",
     "averaged",
     "layer",
+    "rep_vgg_variants",
     "resnet_variants",
     "squeeze_excite",
     "summed",

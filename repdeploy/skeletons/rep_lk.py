@@ -12,9 +12,10 @@ from repdeploy.skeletons.net import Net, Skeleton
 
 def forward(net: Net, x: Tensor) -> Tensor:
     """(batch, channels, height, width) -> logits (batch, classes)."""
-    if "stem.0" not in net or not net.children("stages") or "head" not in net:
-        raise NotRecognised("no stem.0, stages and head")
-    for index, name in enumerate(net.children("stem")):
+    stem = net.children("stem")
+    if len(stem) != 4 or not net.children("stages") or "head" not in net:
+        raise NotRecognised("no stem of four convolutions, stages and head")
+    for index, name in enumerate(stem):
         x = F.relu(net.at(name, x, stride=2 if index in (0, 3) else 1))
     for number, stage in enumerate(net.children("stages")):
         for name in net.children(f"{stage}.blocks"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from repdeploy.errors import NotRecognised
 from repdeploy.skeletons.attention import squeeze_excite
 from repdeploy.skeletons.layers import averaged
-from repdeploy.skeletons.net import Net, Skeleton
+from repdeploy.skeletons.net import Architecture, Net, Skeleton
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +68,18 @@ def block(net: Net, name: str, x: Tensor, stride: int) -> Tensor:
 
 
 REP_VGG = Skeleton("rep_vgg", forward, stems=("stage0", "stem"))
+
+
+def rep_vgg_variants(*names: str) -> dict[str, Architecture]:
+    """RepVGG-A0 ... D2se (section 3.4, table 2), all of them or those that are named."""
+    return {
+        f"RepVGG-{name}": Architecture(DEPTHS[name[0]], width) for name, width in WIDTHS.items() if not names or name in names
+    }
+
+
+WIDTHS = {
+    "A0": (48, 48, 96, 192, 1280), "A1": (64, 64, 128, 256, 1280), "A2": (64, 96, 192, 384, 1408),
+    "B0": (64, 64, 128, 256, 1280), "B1": (64, 128, 256, 512, 2048), "B2": (64, 160, 320, 640, 2560),
+    "B3": (64, 192, 384, 768, 2560), "D2se": (64, 160, 320, 640, 2560),
+}  # fmt: skip
+DEPTHS = {"A": (1, 2, 4, 14, 1), "B": (1, 4, 6, 16, 1), "D": (1, 8, 14, 24, 1)}
