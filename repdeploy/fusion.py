@@ -58,6 +58,8 @@ from repdeploy.weights_file import NAMES, WeightsWriter
 
 YOLO_EPS = 1e-3
 """YOLOv6 and v7 use RepVGG's keys with this eps; where nobody states eps, the report says how much it would change."""
+MAX_REASONS = 3
+"""Networks whose reason not to fit is spelled out; inspect has them all."""
 TOOLS = ("repdeploy", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
 
@@ -99,7 +101,10 @@ def convert(
         checkpoint, families, request.family, request.arch, request.settings, _image(request.input_shape)
     )
     if recognition.plan is None:
-        reasons = [f"{item.family} does not fit: {item.reason}" for item in recognition.skeletons if isinstance(item, NoMatch)]
+        failed = [item for item in recognition.skeletons if isinstance(item, NoMatch)]
+        reasons = [f"no known network: {item.family} does not fit: {item.reason}" for item in failed[:MAX_REASONS]]
+        if len(failed) > MAX_REASONS:
+            reasons.append(f"no known network: nor does any of {', '.join(item.family for item in failed[MAX_REASONS:])}")
         recognition = replace(recognition, notes=(*recognition.notes, *reasons))
     described = _described(checkpoint, recognition, facts, hashing, request)
     fusable = [slot for slot in recognition.slots if slot.form == "training"]

@@ -69,6 +69,8 @@ def convert(
     """
     _one_of("--gates", gates, ("all", "blocks"))
     _one_of("--dtype", dtype, ("float32", "float64"))
+    if not 0 <= seed < 1 << 63:
+        raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
     hashing = Digest(Path(checkpoint))
     from repdeploy import fusion, registry
     from repdeploy.bundle import SUFFIX

@@ -33,6 +33,11 @@ def reader(tensors: Table) -> Read:
         values = tensors[key].read() if rows is None else tensors[key].read()[:rows]
         if not values.dtype.is_floating_point:
             raise InputError(f"{key} has type {str(values.dtype).removeprefix('torch.')}; expected floating point weights")
+        if values.dtype.itemsize < 2:
+            raise InputError(
+                f"{key} is stored as {str(values.dtype).removeprefix('torch.')}, which is no precision to convert from",
+                hint="save the weights in float32, float16 or bfloat16",
+            )
         # a sum in float64 is finite exactly when its terms are: float32 cannot overflow it
         if not math.isfinite(float(values.sum(dtype=torch.float64))):
             raise not_finite(key, values)

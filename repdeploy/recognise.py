@@ -157,11 +157,14 @@ def recognise(
             + "; ".join(f"{item.family}: {item.reason}" for item in found.values() if isinstance(item, NoMatch)),
             hint=f"its keys look like {_examples(tensors)}; `repdeploy families` lists what is known",
         )
+    matched.sort(key=lambda item: _closeness(item, found[item.name]))
     kinds = [(item, kind) for item in matched for kind in item.kinds]
+    # in a network nothing but its own keys speaks for a block, unless its family was named
+    sure = [(item, kind) for item, kind in kinds if kind.found != "when named" or item.name == family]
     plan: Plan | None = None
     tried: list[Match | NoMatch] = []
     for skeleton in dict.fromkeys(skeleton for item in matched for skeleton in item.skeletons):
-        outcome = _fit(skeleton, tensors, kinds, facts, input_shape)
+        outcome = _fit(skeleton, tensors, sure, facts, input_shape)
         if isinstance(outcome, Plan):
             plan = outcome
             tried.append(Match(skeleton.name, sum(slot.form != "kept" for slot in plan.slots.values())))
@@ -173,15 +176,18 @@ def recognise(
         slots = tuple(_block_by_block(tensors, kinds, facts, family))
         if input_shape is not None and not _is_single_block(slots):
             raise NotRecognised(
-                "the network around these blocks is not known, so --input-shape has no use: "
+                "the network around these blocks is not known, so an image (of --input-shape or --expect) has no use: "
                 + "; ".join(item.reason for item in tried if isinstance(item, NoMatch)),
-                hint="leave --input-shape out: the blocks are fused and proved one by one",
+                hint="leave --input-shape and --expect out: the blocks are fused and proved one by one",
             )
     if not slots:
         reasons = "; ".join(item.reason for item in tried if isinstance(item, NoMatch))
         raise NotRecognised(f"no whole block is in this file: {reasons}")
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
     name, notes = _architecture(slots, matched, stored_name, arch, plan, facts.record())
+    notes += _odd_ones(slots)
+    if plan is None:
+        notes += _unproved(kinds, slots, tensors)
     left = [item.name for item in families if item not in matched and isinstance(found[item.name], Match)]
     if left and plan is None:
         notes += (f"blocks of {', '.join(left)} are in this file too; leave --family out to fuse all of them",)
@@ -196,6 +202,51 @@ def recognise(
         notes=notes,
         dropped=plan.dropped if plan else {},
     )
+
+
+def _closeness(family: Family, match: Match | NoMatch) -> tuple[bool, int, bool]:
+    """Families with training blocks first; a fused file is most likely of the family whose first layout deploys so, and
+    which knows networks."""
+    is_fused_only = not (isinstance(match, Match) and match.blocks)
+    return is_fused_only, len(family.kinds) if is_fused_only else 0, not family.skeletons
+
+
+def _odd_ones(slots: Sequence[Slot]) -> tuple[str, ...]:
+    """Blocks that lack a part which most blocks of their kind and shape have: legal, but worth a look."""
+    alike: dict[tuple[object, ...], list[Slot]] = {}
+    for slot in slots:
+        shape = slot.squeezed
+        if slot.form == "training":
+            kept = shape.in_channels == shape.out_channels, shape.stride, shape.groups == shape.in_channels
+            alike.setdefault((slot.kind.anchor, shape.kernel_size == (1, 1), *kept), []).append(slot)
+    notes = []
+    for group in alike.values():
+        parts = {slot.name: {key.removeprefix(f"{slot.name}.").rpartition(".")[0] for key in slot.consumed} for slot in group}
+        lacking: dict[tuple[str, ...], list[str]] = {}
+        for part in sorted(set().union(*parts.values())):
+            without = tuple(name for name, has in parts.items() if part not in has)
+            if 0 < 2 * len(without) < len(group):
+                lacking.setdefault(without, []).append(part)
+        for without, missing in lacking.items():
+            names, what, others = ", ".join(without[:3]), " and ".join(missing), len(group) - len(without)
+            notes.append(f"{names} has no {what}, which {others} blocks like it have; check that the file is complete")
+    return tuple(notes)
+
+
+def _unproved(kinds: Sequence[tuple[Family, BlockKind]], slots: Sequence[Slot], tensors: Table) -> tuple[str, ...]:
+    """Blocks that only their family's name would prove."""
+    keys, known = keys_of(tensors), {slot.name for slot in slots}
+    notes = []
+    for family, kind in kinds:
+        if kind.found == "when named":
+            names = [name for name in _standing(kind, tensors, keys) if name not in known]
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                notes.append(
+                    f"{names[0]}{more} may be of {family.name} too, which such keys do not prove; "
+                    f"--family {family.name} takes them for it"
+                )
+    return tuple(notes)
 
 
 def arch_settings(name: str | None, stored: str | None, families: Iterable[Family]) -> tuple[str | None, tuple[Setting, ...]]:
@@ -434,7 +485,10 @@ class _Planner:
         if len(shape) != 2:
             raise NotRecognised(f"{name} is no fully connected layer")
         if x.shape[1] != shape[1]:
-            raise IllegalInput(f"{name} takes {shape[1]} numbers, the layer before it gives {x.shape[1]}")
+            raise IllegalInput(
+                f"the image does not fit: {name} takes {shape[1]} numbers, the layer before it gives {x.shape[1]}",
+                hint="such a network takes one range of sizes; convert without --input-shape finds the smallest",
+            )
         if f"{name}.bias" in self.tensors and self.tensors[f"{name}.bias"].shape != shape[:1]:
             raise NotRecognised(f"{name}.bias does not belong to {name}.weight")
         self.linears[name] = None

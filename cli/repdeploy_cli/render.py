@@ -43,8 +43,10 @@ ORIGINS = {
 }
 MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the last block; --json has them all."""
-MAX_FORMULA = 40
-"""A longer formula stands below the table, once."""
+MAX_FORMULA, LEAST_FORMULA = 40, 10
+"""A formula that is longer, or has no room, stands below the table, once."""
+COLUMNS_BESIDE = 24
+"""Characters of a block table's other columns: parameters, errors, the space between."""
 
 
 class _Pipe(Console):
@@ -121,7 +123,7 @@ def show_conversion(conversion: Conversion) -> None:
     if _printed(conversion):
         return
     console, manifest = stdout(), conversion.manifest
-    _summary(console, manifest.source, manifest.family, manifest.architecture, manifest.skeleton)
+    _summary(console, manifest.source, " + ".join(manifest.families), manifest.architecture)
     for note in manifest.notes:
         console.print(Text(f"note: {note}", "yellow"))
     if conversion.already_deployed:
@@ -153,7 +155,8 @@ def show_inspection(found: Inspection) -> None:
     if _printed(found):
         return
     console = stdout()
-    _summary(console, found.source, found.family or "", found.architecture or "", None)
+    families = dict.fromkeys(block.family for block in found.blocks) or {found.family or "": None}
+    _summary(console, found.source, " + ".join(families), found.architecture or "")
     for note in found.notes:
         console.print(Text(f"note: {note}", "yellow"))
     if found.source.inert:
@@ -166,10 +169,10 @@ def show_inspection(found: Inspection) -> None:
     if found.branches:
         _branches(console, found.branches)
     _facts(console, found.facts)
-    for outcome in (*found.matches, *found.skeletons):
-        reason = getattr(outcome, "reason", None)
-        if reason:
-            console.print(Text(f"not {outcome.family}: {reason}", "dim"))
+    reasons = [(outcome.family, getattr(outcome, "reason", "")) for outcome in found.skeletons]
+    if all(reason for _, reason in reasons):  # no network was recognised: why each that was tried is not it
+        for name, reason in reasons:
+            console.print(Text(f"not the network {name}: {reason}", "dim"))
     if found.left_alone:
         console.print(f"left alone: {len(found.left_alone)} tensors outside the blocks, for example {found.left_alone[0]}")
 
@@ -311,7 +314,7 @@ def _printed(record: Any, schema: str = "", name: str = "") -> bool:
     return True
 
 
-def _summary(console: Console, source: Source, family: str, architecture: str, skeleton: str | None) -> None:
+def _summary(console: Console, source: Source, family: str, architecture: str) -> None:
     where = f", under {source.where!r}" if source.where else ""
     prefix = f", prefix {source.prefix!r} stripped" if source.prefix else ""
     console.print(Text.assemble((source.file, "bold"), f"  {source.container}, {_size(source.bytes)}{where}{prefix}"))
@@ -320,6 +323,11 @@ def _summary(console: Console, source: Source, family: str, architecture: str, s
         other = "ema" if source.weights == "model" else "model"
         weights += f" (the file also holds the other ones: --weights {other})"
     console.print(f"{family}: {architecture}; {weights}")
+    for where, count in source.others:
+        if "ema" not in where.lower():
+            console.print(
+                Text(f"note: {where or 'another table'} ({count} tensors) is in the file too and was not taken", "yellow")
+            )
 
 
 def _verdict(console: Console, manifest: Manifest) -> None:
@@ -355,10 +363,13 @@ def _checks(checks: Iterable[Check]) -> Table:
 def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
     """One row per block; formulas that would fill the table stand below it, under a letter."""
     proved = any(block.residual is not None for block in blocks)
-    table = _table("block", "branches~", "fused", ">parameters", *((">error",) if proved else ()))
     shown = blocks if len(blocks) <= MAX_BLOCK_ROWS else (*blocks[: MAX_BLOCK_ROWS - 2], blocks[-1])
-    long = dict.fromkeys(block.formula for block in shown if len(block.formula) > MAX_FORMULA)
+    taken = max(len(block.name) for block in shown) + max(len(_fused(block)) for block in shown) + COLUMNS_BESIDE
+    room = min(MAX_FORMULA, max(console.width - taken, LEAST_FORMULA))
+    long = dict.fromkeys(block.formula for block in shown if len(block.formula) > room)
     letters = dict(zip(long, ascii_uppercase, strict=False))
+    head = "" if all(block.formula in letters for block in shown) else "branches~"
+    table = _table("block", head, "fused", ">parameters", *((">error",) if proved else ()))
     for index, block in enumerate(shown):
         if len(shown) < len(blocks) and index == len(shown) - 1:
             table.add_row(f"... {len(blocks) - len(shown)} more")
@@ -369,10 +380,13 @@ def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
 
 
 def _block_cells(block: BlockReport, formula: str, proved: bool) -> list[str]:
-    out, within, height, width = block.kernel
-    fused = f"{height}x{width} {within * block.groups} -> {out}" + (f", g={block.groups}" if block.groups > 1 else "")
     error = [f"{block.residual:.0e}"] if proved and block.residual is not None else []
-    return [block.name or "(root)", formula, fused, f"{block.parameters_after:,}", *error]
+    return [block.name or "(root)", formula, _fused(block), f"{block.parameters_after:,}", *error]
+
+
+def _fused(block: BlockReport) -> str:
+    out, within, height, width = block.kernel
+    return f"{height}x{width} {within * block.groups} -> {out}" + (f", g={block.groups}" if block.groups > 1 else "")
 
 
 def _norms(console: Console, norms: tuple[tuple[str, str], ...]) -> None:

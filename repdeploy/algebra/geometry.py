@@ -113,7 +113,10 @@ def align(terms: Sequence[Geometry]) -> Alignment:
     Raises CannotSqueeze when strides or output sizes differ.
     """
     if len({term.stride for term in terms}) > 1:
-        raise CannotSqueeze(f"parallel branches have different strides: {[term.stride for term in terms]}")
+        raise CannotSqueeze(
+            f"parallel branches have different strides: {[term.stride for term in terms]}",
+            hint="where the network's convention is not this one's, state the block's stride with --set SCOPE.stride=1",
+        )
     (rows, height), (columns, width) = (_aligned_axis(terms, axis) for axis in (0, 1))
     first = terms[0]
     geometry = Geometry(

@@ -136,3 +136,35 @@ def test_what_is_said_about_a_block_is_not_said_about_the_gate_inside(tmp_path: 
     assert found.verdict.passed
     repdeploy.export(tmp_path / "b.repdeploy")
     assert repdeploy.verify(tmp_path / "b.repdeploy").passed
+
+
+def test_a_block_that_lacks_what_its_like_have_is_noted(tmp_path: Path) -> None:
+    """Legal in itself: the official constructors take both, but never both in one network."""
+    from sample_models.replknet import RepLKNet
+
+    torch.manual_seed(0)
+    model = scatter(RepLKNet((7, 5, 5), (2, 2, 1), (6, 6, 8), 5, small_kernel=3, ffn_ratio=2))
+    torch.save(without("stages.1.blocks.2.large_kernel.small_conv")(dict(model.state_dict())), tmp_path / "a.pth")
+    found = repdeploy.inspect(tmp_path / "a.pth")
+    assert any("stages.1.blocks.2.large_kernel has no small_conv.bn and small_conv.conv" in note for note in found.notes)
+    torch.save(model.state_dict(), tmp_path / "b.pth")
+    assert repdeploy.inspect(tmp_path / "b.pth").notes == ()
+
+
+def test_a_half_fused_file_keeps_the_family_of_its_branches(tmp_path: Path) -> None:
+    """The fused name alone would also be YOLO's, with another eps."""
+    state = dict(repvgg().state_dict())
+    fused = {key: value for key, value in state.items() if not key.startswith("stage3.0.")}
+    fused["stage3.0.rbr_reparam.weight"], fused["stage3.0.rbr_reparam.bias"] = torch.randn(12, 8, 3, 3), torch.randn(12)
+    torch.save(fused, tmp_path / "half.pth")
+    found = repdeploy.convert(tmp_path / "half.pth", output=tmp_path / "b.repdeploy").manifest
+    assert found.families == ("repvgg",)
+    assert {fact.value for fact in found.facts if fact.name == "eps"} == {"1e-05"}
+
+
+def test_several_networks_in_one_file_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from repdeploy_cli.app import run
+
+    torch.save({"teacher": repvgg().state_dict(), "student": repvgg(seed=1).state_dict()}, tmp_path / "two.pth")
+    assert run(["inspect", str(tmp_path / "two.pth")]) == 0
+    assert "note: student" in capsys.readouterr().out
