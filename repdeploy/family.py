@@ -36,7 +36,8 @@ class BlockKind:
     `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether the
     keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
     `eps`: batch norm's by convention. `ordinary_name`: other networks use the deploy name too, so it tells nothing.
-    `one_of_several`: more blocks may stand under the same prefix. `geometry_of`: the submodule whose attributes a pickled
+    `one_of_several`: more blocks may stand under the same prefix. `identity`: the norm of the input, which such a block has
+    exactly where its map keeps width and resolution. `geometry_of`: the submodule whose attributes a pickled
     block's stride, padding and dilation are, where that is not the anchor's.
     """
 
@@ -51,6 +52,7 @@ class BlockKind:
     ordinary_name: bool = False
     one_of_several: bool = False
     geometry_of: str | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +159,14 @@ class Block:
             is_plain=self.kind is PLAIN,
         )
 
-    def channels(self, norm: str) -> int | None:
-        """How many channels a norm has, where it is there: what a block with a norm of its input takes."""
-        return math.prod(self.shape(f"{norm}.running_mean")) if f"{norm}.running_mean" in self else None
+    @property
+    def has_identity(self) -> bool:
+        name = self.kind.identity
+        return name is not None and (f"{name}.running_mean" in self or f"{name}.weight" in self)
 
     @property
     def stride(self) -> int:
-        return self._geometry("stride", self.place.stride, one_step)
+        return self._geometry("stride", 1 if self.has_identity else self.place.stride, one_step)
 
     @property
     def dilation(self) -> int:
@@ -182,6 +185,8 @@ class Block:
         """
         within = self.kernel_shape(self.kind.anchor)[1]
         told = self.kind.inputs(self)
+        if told is None and self.has_identity:
+            told = math.prod(self.shape(f"{self.kind.identity}.running_mean"))
         if told is not None and self.place.in_channels is not None and told != self.place.in_channels:
             raise InputError(
                 f"{self.name} takes {told} channels by its own tensors, but its input has {self.place.in_channels}"
@@ -294,17 +299,18 @@ class Block:
         """`part`.conv, centred, then `part`.bn."""
         return self.conv(f"{part}.{conv}") >> self.norm(f"{part}.{norm}")
 
-    def with_identity(self, branches: Linear, part: str) -> Linear:
-        """The branches and the norm of the input, which such blocks have exactly where the map keeps its shape.
+    def with_identity(self, branches: Linear) -> Linear:
+        """The branches and the norm of the input (`BlockKind.identity`), where the block has it.
 
-        Raises InputError where a network says that it does, and the norm is not there.
+        Raises InputError where a network says that the map keeps its shape, and the norm is not there.
         """
-        if f"{part}.running_mean" in self or f"{part}.weight" in self:
-            return branches + self.norm(part)
+        name = self.kind.identity or ""
+        if self.has_identity:
+            return branches + self.norm(name)
         keeps = self.place.in_channels == branches.out_channels and self.stride == 1
         if keeps and not self.facts.tells(self.name, "stride", self.path(self.kind.anchor).removesuffix(".weight")):
             raise InputError(
-                f"{self.path(part)} is missing: {self.name} keeps width and resolution, so it has an identity branch",
+                f"{self.path(name)} is missing: {self.name} keeps width and resolution, so it has an identity branch",
                 hint=f"if its resolution changes, state it: --set {self.name}.stride=2; else the file is not complete",
             )
         return branches

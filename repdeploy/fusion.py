@@ -118,6 +118,7 @@ def convert(
         if not manifest.verdict.passed:
             _report_failure(folder, target, manifest, request)
         if existing is not None:
+            manifest = replace(manifest, notes=(*manifest.notes, *_replaced(existing, manifest)))
             manifest = _keep_artifacts(target, folder, existing, manifest)
         write_text(folder / MANIFEST_FILE, to_json(manifest))
     return Conversion(target, manifest)
@@ -357,6 +358,16 @@ def _report_failure(folder: Path, target: Path, manifest: Manifest, request: Req
         if anchored
         else "please report this with the checkpoint's key names; --keep-failed keeps the result for a look",
     )
+
+
+def _replaced(existing: Manifest, manifest: Manifest) -> tuple[str, ...]:
+    """What a bundle of the same source loses by being made again."""
+    lost = []
+    if existing.verdict.grade == "anchored" and manifest.verdict.grade != "anchored":
+        lost.append("its verdict was anchored")
+    if existing.weights_sha256 != manifest.weights_sha256 and existing.artifacts:
+        lost.append(f"{', '.join(item.file for item in existing.artifacts)} had other weights and is gone")
+    return (f"the bundle that was here is replaced: {'; '.join(lost)}",) if lost else ()
 
 
 def _keep_artifacts(target: Path, folder: Path, existing: Manifest, manifest: Manifest) -> Manifest:

@@ -186,8 +186,7 @@ def recognise(
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
     name, notes = _architecture(slots, matched, stored_name, arch, plan, facts.record())
     notes += _odd_ones(slots)
-    if plan is None:
-        notes += _unproved(kinds, slots, tensors)
+    notes += _unproved(kinds, slots, tensors) if plan is None else _other_activations(plan, facts)
     left = [item.name for item in families if item not in matched and isinstance(found[item.name], Match)]
     if left and plan is None:
         notes += (f"blocks of {', '.join(left)} are in this file too; leave --family out to fuse all of them",)
@@ -231,6 +230,23 @@ def _odd_ones(slots: Sequence[Slot]) -> tuple[str, ...]:
             names, what, others = ", ".join(without[:3]), " and ".join(missing), len(group) - len(without)
             notes.append(f"{names} has no {what}, which {others} blocks like it have; check that the file is complete")
     return tuple(notes)
+
+
+ACTIVATIONS = ("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "GELU", "SiLU", "Hardswish", "Mish", "Softplus", "Tanh")
+"""torch's modules that a training script may put where a published network has another."""
+
+
+def _other_activations(plan: Plan, facts: Facts) -> tuple[str, ...]:
+    """Activations of a pickled network that its skeleton does not apply: tensors do not tell them, classes do."""
+    classes = {str(held.get("class", "")).rpartition(".")[2] for held in facts.attributes.values()}
+    others = sorted((classes & set(ACTIVATIONS)) - set(plan.skeleton.activations))
+    if not others:
+        return ()
+    usual = " and ".join(plan.skeleton.activations)
+    return (
+        f"the pickled network has {', '.join(others)}; {plan.skeleton.name} is described with {usual} only, so anchor it with "
+        "--expect, which fails where that matters",
+    )
 
 
 def _unproved(kinds: Sequence[tuple[Family, BlockKind]], slots: Sequence[Slot], tensors: Table) -> tuple[str, ...]:

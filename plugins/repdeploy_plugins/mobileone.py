@@ -19,12 +19,9 @@ def layout(copies: str, scale: str, identity: str) -> BlockKind:
             branches = branches + block.conv_norm(f"{copies}.{index}")
         if scale in block:
             branches = branches + block.conv_norm(scale)
-        return block.with_identity(branches, identity)
+        return block.with_identity(branches)
 
-    def inputs(block: Block) -> int | None:
-        return block.channels(identity)
-
-    return BlockKind(f"{copies}.0.conv.weight", "reparam_conv", describe, inputs)
+    return BlockKind(f"{copies}.0.conv.weight", "reparam_conv", describe, identity=identity)
 
 
 def variant(*multipliers: float) -> Architecture:

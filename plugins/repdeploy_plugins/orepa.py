@@ -100,7 +100,7 @@ def vgg(block: Block) -> Linear:
         )
     dense = Online(kernel(block, "rbr_dense.", "rbr", block.padding(block.dilation), block.stride))
     branches = (dense >> block.norm("rbr_dense.bn")) + block.conv_norm("rbr_1x1")
-    return block.with_identity(branches, "rbr_identity")
+    return block.with_identity(branches)
 
 
 def without_vgg_blocks(skeleton: Skeleton) -> Skeleton:
@@ -133,7 +133,7 @@ FAMILY = Family(
     kinds=(
         BlockKind("weight_orepa_origin", "orepa_reparam", orepa, inputs("weight_orepa_")),
         BlockKind("weight_or1x1_origin", "or1x1_reparam", point),
-        BlockKind("rbr_dense.weight_rbr_origin", "rbr_reparam", vgg, inputs("rbr_dense.weight_rbr_")),
+        BlockKind("rbr_dense.weight_rbr_origin", "rbr_reparam", vgg, inputs("rbr_dense.weight_rbr_"), identity="rbr_identity"),
         BlockKind("weight0.weight_orepa_origin", "or_large_reparam", stem, inputs("weight0.weight_orepa_"), geometry_of=""),
         BlockKind(
             "weight0",

@@ -20,12 +20,9 @@ def layout(dense: str, point: str, identity: str, fused: str, conv: str = "conv"
     """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
-        return block.with_identity(block.conv_norm(dense, conv, norm) + block.conv_norm(point, conv, norm), identity)
+        return block.with_identity(block.conv_norm(dense, conv, norm) + block.conv_norm(point, conv, norm))
 
-    def inputs(block: Block) -> int | None:
-        return block.channels(identity)
-
-    return BlockKind(f"{dense}.{conv}.weight", fused, describe, inputs, eps=EPS)
+    return BlockKind(f"{dense}.{conv}.weight", fused, describe, eps=EPS, identity=identity)
 
 
 def side_by_side(block: Block) -> bool:

@@ -16,12 +16,9 @@ def layout(dense: str, point: str, identity: str, fused: str) -> BlockKind:
     """The block under one set of names."""
 
     def describe(block: Block) -> Linear:
-        return block.with_identity(block.conv_norm(dense) + block.conv_norm(point), identity)
+        return block.with_identity(block.conv_norm(dense) + block.conv_norm(point))
 
-    def inputs(block: Block) -> int | None:
-        return block.channels(identity)
-
-    return BlockKind(f"{dense}.conv.weight", fused, describe, inputs)
+    return BlockKind(f"{dense}.conv.weight", fused, describe, identity=identity)
 
 
 def with_norm(fused: str) -> BlockKind:

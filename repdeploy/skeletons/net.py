@@ -60,13 +60,15 @@ class Net(Protocol):
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """A network over slots. `stems`: the names its first slot may have, whose kernel tells the image's channels;
-    `side`: height and width of the images it was published for; `facts`: what `Net.fact` may be asked for."""
+    `side`: height and width of the images it was published for; `facts`: what `Net.fact` may be asked for; `activations`:
+    what torch calls the ones it applies."""
 
     name: str
     forward: Callable[[Net, Tensor], Tensor]
     stems: tuple[str, ...]
     side: int = 224
     facts: tuple[FactKind, ...] = ()
+    activations: tuple[str, ...] = ("ReLU",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,4 +36,4 @@ def feed_forward(net: Net, name: str, x: Tensor) -> Tensor:
     return net.at(f"{name}.pw2", F.gelu(net.at(f"{name}.pw1", x, before=f"{name}.preffn_bn")))
 
 
-REP_LK = Skeleton("rep_lk", forward, ("stem.0",))
+REP_LK = Skeleton("rep_lk", forward, ("stem.0",), activations=("ReLU", "GELU"))

@@ -17,7 +17,7 @@ from sample_models.backbones import Layer, ResNet, WideResNet, settled
 from sample_models.mobileone import MobileOneBlock
 from sample_models.repghost import RepGhostNet, Row
 from sample_models.scatter import scatter
-from tests.networks import repvgg, save
+from tests.networks import assert_described, repvgg, save
 
 State = dict[str, Tensor]
 
@@ -168,3 +168,29 @@ def test_several_networks_in_one_file_are_said(tmp_path: Path, capsys: pytest.Ca
     torch.save({"teacher": repvgg().state_dict(), "student": repvgg(seed=1).state_dict()}, tmp_path / "two.pth")
     assert run(["inspect", str(tmp_path / "two.pth")]) == 0
     assert "note: student" in capsys.readouterr().out
+
+
+def test_an_identity_branch_proves_a_stride_of_one(tmp_path: Path) -> None:
+    """A RepVGG for small images, whose first stage keeps the resolution: nothing has to be stated for it."""
+    model = repvgg(widths=(8, 8, 8, 12, 16), strides=(2, 1, 2, 2, 2))
+    assert_described(model, save(model, tmp_path / "a.pth"), sizes=[(65, 63), (33, 35)])
+
+
+def test_another_activation_in_a_pickled_network_is_said(tmp_path: Path) -> None:
+    model = repvgg()
+    model.act = nn.SiLU()
+    torch.save(model, tmp_path / "silu.pth")
+    assert any(
+        "has SiLU; rep_vgg is described with ReLU only" in note for note in repdeploy.inspect(tmp_path / "silu.pth").notes
+    )
+
+
+def test_replacing_an_anchored_bundle_is_said(tmp_path: Path) -> None:
+    model = repvgg()
+    path, target = save(model, tmp_path / "a.pth"), tmp_path / "b.repdeploy"
+    x = torch.randn(2, 3, 65, 65)
+    with torch.no_grad():
+        np.savez(tmp_path / "e.npz", input=x.numpy(), output=model(x).numpy())
+    repdeploy.convert(path, output=target, expect=tmp_path / "e.npz")
+    again = repdeploy.convert(path, output=target).manifest
+    assert "the bundle that was here is replaced: its verdict was anchored" in again.notes
