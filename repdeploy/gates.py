@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from repdeploy.algebra import Conv, Linear, generated
-from repdeploy.errors import InputError
+from repdeploy.errors import IllegalInput, InputError
 from repdeploy.network import Network, sample_images
 from repdeploy.records import Check
 
@@ -83,12 +83,26 @@ def algebra(name: str, expression: Linear, fused: Conv, seed: int = 0) -> Check:
     return Check("algebra", name, worst, ALGEBRA_BUDGET)
 
 
+@contextmanager
+def within_memory(shape: Iterable[int]) -> Iterator[None]:
+    """Raises IllegalInput where images of that shape are more than this machine can hold."""
+    try:
+        yield
+    except RuntimeError as reason:  # torch has no error of its own for it on the CPU
+        if "allocate memory" not in str(reason):
+            raise
+        raise IllegalInput(
+            f"images of {'x'.join(map(str, shape))} do not fit into this machine's memory", hint="use a smaller --input-shape"
+        ) from reason
+
+
 def gate_images(shape: tuple[int, int, int], seed: int = 0, batch: int = POOLED_IMAGES) -> Tensor:
-    return sample_images((batch, *shape), seed)
+    with within_memory(shape):
+        return sample_images((batch, *shape), seed)
 
 
 def run_in_chunks(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    with exact_arithmetic():
+    with exact_arithmetic(), within_memory(images.shape[1:]):
         return torch.cat([network(part) for part in images.split(CHUNK)])
 
 

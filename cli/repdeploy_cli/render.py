@@ -270,16 +270,23 @@ def show_bench(result: Bench) -> None:
 def show_families(found: tuple[FamilyInfo, ...]) -> None:
     if _printed(found, "repdeploy.families/1", "families"):
         return
-    table = _table("family", "blocks~", "networks~", "files~", "may ask for~")
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for item in found:
         if item.error:
-            table.add_row(item.name, Text(f"does not load: {item.error}", "red"), "", "", item.distribution)
+            table.add_row(Text(item.name, "bold"), Text(f"does not load: {item.error}", "red"))
         else:
             networks = ", ".join(item.skeletons) or "block by block"
             if item.architectures:
-                networks += f"; {_count(item.architectures)}"
-            table.add_row(item.name, f"{item.title}\n{item.source}", networks, item.containers, ", ".join(item.asks) or "-")
-    table.show_lines = True
+                networks += f"; official: {_count(item.architectures)}"
+            table.add_row(Text(item.name, "bold"), Text(item.title, "bold"))
+            table.add_row("", item.source)
+            table.add_row("", f"networks: {networks}")
+            table.add_row("", f"files: {item.containers}" if item.containers else "files: any")
+            if item.asks:
+                table.add_row("", f"may ask for: {', '.join(item.asks)}")
+        table.add_row("", "")
     console = stdout()
     console.print(table)
     for distribution in dict.fromkeys(item.distribution for item in found):

@@ -153,6 +153,8 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], int, str]] = [
     ("fact nowhere", plain, ["--set", "stage9.eps=1e-3"], 2, "changed nothing"),
     ("shape", plain, ["--input-shape", "224"], 2, "expected BATCHxCHANNELSxHEIGHTxWIDTH"),
     ("channels", plain, ["--input-shape", "1x4x65x65"], 3, "takes 3 channels"),
+    ("more than memory", plain, ["--input-shape", "1x3x999999x999999"], 3, "do not fit into this machine's memory"),
+    ("no seed", plain, ["--seed", "99999999999999999999"], 2, "expected a whole number"),
     ("no ema", plain, ["--weights", "ema"], 3, "no EMA weights"),
     ("weights", plain, ["--weights", "best"], 2, "expected model or ema"),
     ("other source", other_bundle, [], 2, "made from another source"),
