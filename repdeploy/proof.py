@@ -103,11 +103,15 @@ def prove_again(
     stated = (item for item in settings_of(manifest.facts, fact_kinds(families)) if item.origin != "file")
     facts = Facts(stated, checkpoint.attributes)
     image = (shape[1:] if shape else None) or (manifest.gate_shape or None)
-    recognition = recognise(checkpoint.tensors, families, facts, family=manifest.family, input_shape=image)  # type: ignore[arg-type]
+    family = manifest.family if len(manifest.families) == 1 else None
+    recognition = recognise(checkpoint.tensors, families, facts, family=family, input_shape=image)  # type: ignore[arg-type]
+    # its family's name, which convert may not have been given, proves more blocks than were fused
+    fused_then = {block.name for block in manifest.blocks}
+    slots = [slot for slot in recognition.slots if slot.form == "training" and slot.label in fused_then]
     read, keys, written = reader(checkpoint.tensors), keys_of(checkpoint.tensors), bundle.tensors()
     checks: list[Check] = []
     with gates.exact_arithmetic():
-        for slot in each(progress, "proving blocks", [slot for slot in recognition.slots if slot.form == "training"]):
+        for slot in each(progress, "proving blocks", slots):
             expression = slot.describe(read, facts, keys)
             fused = squeeze(slot.label, expression)
             checks.append(gates.algebra(slot.label, expression, fused, seed))

@@ -55,6 +55,9 @@ def test_every_block_is_fused_by_its_own_family(tmp_path: Path) -> None:
     assert {block.name: block.family for block in found.blocks} == {name: family for name, (family, _) in BLOCKS.items()}
     assert all(check.passed for check in found.verdict.checks)
     assert len(found.verdict.checks) == len(BLOCKS)
+    again = repdeploy.verify(tmp_path / "b.repdeploy", against=tmp_path / "mixed.pth")
+    assert again.passed
+    assert {check.subject for check in again.checks if check.gate == "algebra"} == set(BLOCKS)
     whole = load_file(tmp_path / "b.repdeploy" / "weights.safetensors")
     for name, (family, block) in BLOCKS.items():
         torch.save(block.state_dict(), tmp_path / f"{name}.pth")

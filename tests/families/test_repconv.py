@@ -63,6 +63,8 @@ def test_the_state_dict_alone_needs_the_family_for_conv1_beside_conv2(tmp_path: 
     plain = repdeploy.convert(tmp_path / "weights.pt", output=tmp_path / "a.repdeploy").manifest
     assert [block.name for block in plain.blocks] == ["1", "2", "4.m.0"]
     assert "3.conv1.conv.weight" in stored(tmp_path / "a.repdeploy")
+    proved = repdeploy.verify(tmp_path / "a.repdeploy", against=tmp_path / "weights.pt")
+    assert [check.subject for check in proved.checks if check.gate == "algebra"] == ["1", "2", "4.m.0"]
     named = repdeploy.convert(tmp_path / "weights.pt", family="repconv", output=tmp_path / "b.repdeploy").manifest
     assert [block.name for block in named.blocks] == ["1", "2", "3", "4.m.0"]
     equal_outputs(model, tmp_path / "b.repdeploy")
