@@ -144,15 +144,19 @@ class Block:
             raise InputError(f"{missing} is missing among {len(found)} parts that are numbered after it")
         return len(found)
 
-    def _geometry(self, name: str, convention: int, read: Callable[[object], int], origin: Origin | None = None) -> int:
-        anchor = self.path(self.kind.anchor)
-        module = anchor.removesuffix(".weight") if anchor.endswith(".weight") else anchor.rpartition(".")[0]
+    @property
+    def _geometry_module(self) -> str:
+        """The module whose attributes, in a pickled network, are the block's stride, padding, dilation and groups."""
         if self.kind.geometry_of is not None:
-            module = self.path(self.kind.geometry_of)
+            return self.path(self.kind.geometry_of)
+        anchor = self.path(self.kind.anchor)
+        return anchor.removesuffix(".weight") if anchor.endswith(".weight") else anchor.rpartition(".")[0]
+
+    def _geometry(self, name: str, convention: int, read: Callable[[object], int], origin: Origin | None = None) -> int:
         return self.facts.resolve(
             self.name,
             name,
-            module=module,
+            module=self._geometry_module,
             convention=convention,
             origin=origin or self.place.origin,
             read=read,
@@ -308,7 +312,7 @@ class Block:
         if self.has_identity:
             return branches + self.norm(name)
         keeps = self.place.in_channels == branches.out_channels and self.stride == 1
-        if keeps and not self.facts.tells(self.name, "stride", self.path(self.kind.anchor).removesuffix(".weight")):
+        if keeps and not self.facts.tells(self.name, "stride", self._geometry_module):
             raise InputError(
                 f"{self.path(name)} is missing: {self.name} keeps width and resolution, so it has an identity branch",
                 hint=f"if its resolution changes, state it: --set {self.name}.stride=2; else the file is not complete",

@@ -91,16 +91,8 @@ class _Running:
     def __init__(self, plan: Plan, layers: Mapping[str, nn.Module], seen: dict[str, Tensor] | None = None) -> None:
         self.plan, self.layers, self.seen = plan, layers, seen
 
-    def at(
-        self,
-        name: str,
-        x: Tensor,
-        *,
-        stride: int = 1,
-        padding: int | None = None,
-        before: str | None = None,
-        behind: str | None = None,
-    ) -> Tensor:
+    def at(self, name: str, x: Tensor, **described: object) -> Tensor:
+        """What a skeleton says of a slot is in its layer already."""
         result: Tensor = self.layers[name](x)
         if self.seen is not None:
             self.seen[name] = result

@@ -138,7 +138,8 @@ def recognise(
 
     Raises NotRecognised when no block is found, InputError for a contradiction, IllegalInput for `input_shape`.
     """
-    found = {item.name: _matches(item, tensors, facts, named=item.name == family) for item in families}
+    keys = keys_of(tensors)
+    found = {item.name: _matches(item, keys, facts, named=item.name == family) for item in families}
     matched = [item for item in families if isinstance(found[item.name], Match)]
     if family is not None:
         reason = found[family]
@@ -157,14 +158,14 @@ def recognise(
             + "; ".join(f"{item.family}: {item.reason}" for item in found.values() if isinstance(item, NoMatch)),
             hint=f"its keys look like {_examples(tensors)}; `repdeploy families` lists what is known",
         )
-    matched.sort(key=lambda item: _closeness(item, found[item.name]))
+    matched.sort(key=lambda item: _closeness(item, found[item.name], keys))
     kinds = [(item, kind) for item in matched for kind in item.kinds]
     # in a network nothing but its own keys speaks for a block, unless its family was named
     sure = [(item, kind) for item, kind in kinds if kind.found != "when named" or item.name == family]
     plan: Plan | None = None
     tried: list[Match | NoMatch] = []
     for skeleton in dict.fromkeys(skeleton for item in matched for skeleton in item.skeletons):
-        outcome = _fit(skeleton, tensors, sure, facts, input_shape)
+        outcome = _fit(skeleton, tensors, keys, sure, facts, input_shape)
         if isinstance(outcome, Plan):
             plan = outcome
             tried.append(Match(skeleton.name, sum(slot.form != "kept" for slot in plan.slots.values())))
@@ -173,7 +174,7 @@ def recognise(
     if plan is not None:
         slots = tuple(slot for slot in plan.slots.values() if slot.form != "kept")
     else:
-        slots = tuple(_block_by_block(tensors, kinds, facts, family))
+        slots = tuple(_block_by_block(tensors, keys, kinds, facts, family))
         if input_shape is not None and not _is_single_block(slots):
             raise NotRecognised(
                 "the network around these blocks is not known, so an image (of --input-shape or --expect) has no use: "
@@ -186,7 +187,7 @@ def recognise(
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
     name, notes = _architecture(slots, matched, stored_name, arch, plan, facts.record())
     notes += _odd_ones(slots)
-    notes += _unproved(kinds, slots, tensors) if plan is None else _other_activations(plan, facts)
+    notes += _unproved(kinds, slots, keys) if plan is None else _other_activations(plan, facts)
     left = [item.name for item in families if item not in matched and isinstance(found[item.name], Match)]
     if left and plan is None:
         notes += (f"blocks of {', '.join(left)} are in this file too; leave --family out to fuse all of them",)
@@ -203,11 +204,13 @@ def recognise(
     )
 
 
-def _closeness(family: Family, match: Match | NoMatch) -> tuple[bool, int, bool]:
-    """Families with training blocks first; a fused file is most likely of the family whose first layout deploys so, and
-    which knows networks."""
-    is_fused_only = not (isinstance(match, Match) and match.blocks)
-    return is_fused_only, len(family.kinds) if is_fused_only else 0, not family.skeletons
+def _closeness(family: Family, match: Match | NoMatch, keys: Keys) -> tuple[bool, int, bool]:
+    """Families with training blocks first. A fused file is most likely of the family that deploys so in an earlier layout,
+    and that knows networks."""
+    if isinstance(match, Match) and match.blocks:
+        return False, 0, not family.skeletons
+    fused = (index for index, kind in enumerate(family.kinds) if kind.deploys_as and _standing(_deployed(kind), keys))
+    return True, next(fused, len(family.kinds)), not family.skeletons
 
 
 def _odd_ones(slots: Sequence[Slot]) -> tuple[str, ...]:
@@ -249,13 +252,13 @@ def _other_activations(plan: Plan, facts: Facts) -> tuple[str, ...]:
     )
 
 
-def _unproved(kinds: Sequence[tuple[Family, BlockKind]], slots: Sequence[Slot], tensors: Table) -> tuple[str, ...]:
+def _unproved(kinds: Sequence[tuple[Family, BlockKind]], slots: Sequence[Slot], keys: Keys) -> tuple[str, ...]:
     """Blocks that only their family's name would prove."""
-    keys, known = keys_of(tensors), {slot.name for slot in slots}
+    known = {slot.name for slot in slots}
     notes = []
     for family, kind in kinds:
         if kind.found == "when named":
-            names = [name for name in _standing(kind, tensors, keys) if name not in known]
+            names = [name for name in _standing(kind, keys) if name not in known]
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 notes.append(
@@ -295,13 +298,12 @@ def _examples(tensors: Table) -> str:
     return ", ".join(list(tensors)[:3])
 
 
-def _matches(family: Family, tensors: Table, facts: Facts, named: bool) -> Match | NoMatch:
+def _matches(family: Family, keys: Keys, facts: Facts, named: bool) -> Match | NoMatch:
     telling = [kind for kind in family.kinds if kind.found == "by key" or (kind.found == "when named" and named)]
-    keys = keys_of(tensors)
-    training = sum(len(_standing(kind, tensors, keys)) for kind in telling)
+    training = sum(len(_standing(kind, keys)) for kind in telling)
     training += sum(len(_pickled_as(kind, keys, facts)) for kind in family.kinds if kind not in telling)
     deployed = {kind.deploys_as: _deployed(kind) for kind in telling if kind.deploys_as and not kind.ordinary_name}
-    fused = sum(len(_standing(kind, tensors, keys)) for kind in deployed.values())
+    fused = sum(len(_standing(kind, keys)) for kind in deployed.values())
     if training or fused:
         return Match(family.name, training, fused)
     anchors = " or ".join(dict.fromkeys(repr(kind.anchor) for kind in telling if not kind.ordinary_name))
@@ -313,8 +315,8 @@ def _stands_at(name: str, kind: BlockKind, keys: Keys) -> bool:
     return join(name, kind.anchor) in keys.shapes and kind.fits(Block(name, kind, keys, _unread, Facts(), Place()))
 
 
-def _standing(kind: BlockKind, tensors: Table, keys: Keys) -> list[str]:
-    return [name for name in _prefixes(tensors, kind.anchor) if _stands_at(name, kind, keys)]
+def _standing(kind: BlockKind, keys: Keys) -> list[str]:
+    return [name for name in _prefixes(keys, kind.anchor) if _stands_at(name, kind, keys)]
 
 
 def _pickled_as(kind: BlockKind, keys: Keys, facts: Facts) -> list[str]:
@@ -330,9 +332,9 @@ def _unread(key: str, rows: int | None = None) -> Tensor:
     raise AssertionError(f"{key} was read to find out what it is")
 
 
-def _prefixes(tensors: Table, anchor: str) -> list[str]:
+def _prefixes(keys: Keys, anchor: str) -> list[str]:
     """The names in front of every key that ends in the anchor."""
-    return [key.removesuffix(anchor).removesuffix(".") for key in tensors if key == anchor or key.endswith(f".{anchor}")]
+    return [key.removesuffix(anchor).removesuffix(".") for key in keys.shapes if key == anchor or key.endswith(f".{anchor}")]
 
 
 def _outermost(names: Iterable[str]) -> list[str]:
@@ -428,15 +430,16 @@ class _Planner:
     device would do, but its first multiplication imports a symbolic algebra system, which takes longer than a conversion.)
     """
 
-    def __init__(self, skeleton: Skeleton, tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts) -> None:
-        self.skeleton, self.tensors, self.kinds, self.facts = skeleton, tensors, kinds, facts
+    def __init__(
+        self, skeleton: Skeleton, tensors: Table, keys: Keys, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts
+    ) -> None:
+        self.skeleton, self.tensors, self.keys, self.kinds, self.facts = skeleton, tensors, keys, kinds, facts
         self.slots: dict[str, Slot] = {}
         self.linears: dict[str, None] = {}
         self.dropped: dict[str, str] = {}
         self.norms: dict[str, str] = {}
         self.answers: dict[str, Any] = {}
         self.stages: dict[str, tuple[str, ...]] = {}
-        self.keys = keys_of(tensors)
         self.last_map: tuple[int, int] = (0, 0)
 
     def at(
@@ -550,9 +553,14 @@ class _Planner:
 
 
 def _fit(
-    skeleton: Skeleton, tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts, input_shape: Shape | None
+    skeleton: Skeleton,
+    tensors: Table,
+    keys: Keys,
+    kinds: Sequence[tuple[Family, BlockKind]],
+    facts: Facts,
+    input_shape: Shape | None,
 ) -> Plan | NoMatch:
-    planner = _Planner(skeleton, tensors, kinds, facts.unrecorded())
+    planner = _Planner(skeleton, tensors, keys, kinds, facts.unrecorded())
     try:
         channels = _input_channels(skeleton, planner)
         if input_shape is None:
@@ -623,9 +631,9 @@ def _smallest_shape(planner: _Planner, channels: int) -> Shape:
 
 
 def _block_by_block(
-    tensors: Table, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts, family: str | None
+    tensors: Table, keys: Keys, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts, family: str | None
 ) -> Iterable[Slot]:
-    keys, unknown = keys_of(tensors), Place(origin="default")
+    unknown = Place(origin="default")
     found: dict[str, list[tuple[str, BlockKind, Form]]] = {}
 
     def note(names: Iterable[str], owner: str, kind: BlockKind, form: Form) -> None:
@@ -634,12 +642,12 @@ def _block_by_block(
 
     for owner, kind in kinds:
         telling = kind.found == "by key" or (kind.found == "when named" and owner.name == family)
-        names = _standing(kind, tensors, keys) if telling else _pickled_as(kind, keys, facts)
+        names = _standing(kind, keys) if telling else _pickled_as(kind, keys, facts)
         note(names, owner.name, kind, "training")
     for owner, kind in kinds:
         if kind.found != "in a network" and kind.deploys_as and not kind.ordinary_name:
             fused = _deployed(kind)
-            note(_standing(fused, tensors, keys), owner.name, fused, "deployed")
+            note(_standing(fused, keys), owner.name, fused, "deployed")
     for name in _outermost(found):
         several = [choice for choice in found[name] if choice[1].one_of_several]
         for owner_name, kind, form in several or found[name][:1]:

@@ -8,12 +8,7 @@ kernels of the block of 2019 have three taps beside any square kernel.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from torch import Tensor
-
 from repdeploy.algebra import Linear
-from repdeploy.errors import NotRecognised
 from repdeploy.family import Block, BlockKind, Family, pair
 from repdeploy.skeletons import (
     BOTTLENECK_7X7,
@@ -27,8 +22,9 @@ from repdeploy.skeletons import (
     VGG,
     WIDE_RESNET,
     Architecture,
-    Net,
     Skeleton,
+    mobilenet_v1,
+    refusing,
     resnet_variants,
 )
 
@@ -50,14 +46,8 @@ def layout(level: str) -> BlockKind:
 def official(skeleton: Skeleton, activated: str) -> Skeleton:
     """A network of ACNet's own repository, which puts a level `acb` where a ReLU follows; the DBB repository's networks of
     ACBs have the same names without that level, bottlenecks among them, and another head."""
-
-    def forward(net: Net, x: Tensor) -> Tensor:
-        for name in (f"{activated}.square_conv", f"{activated}.fused_conv", "stage1.0.conv3"):
-            if name in net:
-                raise NotRecognised(f"{name} is there, as in the networks of the DBB repository")
-        return skeleton.forward(net, x)
-
-    return replace(skeleton, forward=forward)
+    names = (f"{activated}.square_conv", f"{activated}.fused_conv", "stage1.0.conv3")
+    return refusing(skeleton, names, "it is a network of the DBB repository")
 
 
 def cifar_resnet(blocks: int) -> Architecture:
@@ -89,8 +79,8 @@ FAMILY = Family(
         "src56": cifar_resnet(9),
         "src110": cifar_resnet(18),
         "vc": Architecture((1,) * 13, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)),
-        "smi1": Architecture((1, 13), (32, 1024), skeleton=MOBILENET_7X7.name),
-        "MobileNet": Architecture((1, 13), (32, 1024), skeleton=MOBILENET.name),
+        "smi1": mobilenet_v1(MOBILENET_7X7),
+        "MobileNet": mobilenet_v1(),
         "cfqkbnc": Architecture((1, 1, 1), (32, 32, 64)),
         "wrnc16plain": Architecture((1, 2, 2, 2), (16, 128, 256, 512)),
     },

@@ -11,7 +11,7 @@ import torch
 
 from repdeploy.algebra import AveragePool, Linear, Pad
 from repdeploy.family import Block, BlockKind, Family, pair
-from repdeploy.skeletons import MOBILENET, RESNET, Architecture, resnet_variants
+from repdeploy.skeletons import MOBILENET, RESNET, mobilenet_v1, resnet_variants
 
 
 def describe(block: Block) -> Linear:
@@ -71,7 +71,7 @@ FAMILY = Family(
     skeletons=(RESNET, MOBILENET),
     architectures={
         **resnet_variants(18, 34, 50, 101, prefix="ResNet-"),
-        "MobileNet": Architecture((1, 13), (32, 1024)),
+        "MobileNet": mobilenet_v1(),
     },
     containers="{state_dict} with module., bare, hdf5 (stage0. or not)",
 )

@@ -9,15 +9,12 @@ Rows of `vector`, the averaging map, the frequency filters and the identity are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import reduce
 
-from torch import Tensor
-
 from repdeploy.algebra import Conv, Flip, Linear, Online, Scale
-from repdeploy.errors import InputError, NotRecognised
+from repdeploy.errors import InputError
 from repdeploy.family import Block, BlockKind, Family, pair
-from repdeploy.skeletons import REP_VGG, RESNET, Architecture, Net, Skeleton, rep_vgg_variants, resnet_variants
+from repdeploy.skeletons import REP_VGG, RESNET, Architecture, refusing, rep_vgg_variants, resnet_variants
 
 EXPANSION = 8
 """Rows of the depthwise branch per input channel."""
@@ -103,17 +100,12 @@ def vgg(block: Block) -> Linear:
     return block.with_identity(branches)
 
 
-def without_vgg_blocks(skeleton: Skeleton) -> Skeleton:
-    """OREPA_VGG in a ResNet can be built, and then applies a ReLU behind the last convolution of each block too."""
-
-    def forward(net: Net, x: Tensor) -> Tensor:
-        if "stage1.0.conv1.rbr_dense" in net or "stage1.0.conv1.rbr_reparam" in net:
-            raise NotRecognised(
-                "OREPA_VGG blocks in a ResNet apply a ReLU in front of the residual sum, unlike every other block"
-            )
-        return skeleton.forward(net, x)
-
-    return replace(skeleton, forward=forward)
+# OREPA_VGG in a ResNet can be built, and then applies a ReLU behind the last convolution of each block too
+OREPA_RESNET = refusing(
+    RESNET,
+    ("stage1.0.conv1.rbr_dense", "stage1.0.conv1.rbr_reparam"),
+    "OREPA_VGG blocks in a ResNet apply a ReLU in front of the residual sum too",
+)
 
 
 def inputs(prefix: str) -> Callable[[Block], int]:
@@ -145,7 +137,7 @@ FAMILY = Family(
         ),
         pair("conv", "bn", deploys_as="conv"),
     ),
-    skeletons=(without_vgg_blocks(RESNET), REP_VGG),
+    skeletons=(OREPA_RESNET, REP_VGG),
     architectures={
         **resnet_variants(18, 34, 50, 101, prefix="ResNet-"),
         "ResNet-18-1.5x": Architecture((1, 2, 2, 2, 2), (96, 96, 192, 384, 768)),

@@ -2,8 +2,8 @@
 
 from repdeploy.skeletons.attention import squeeze_excite
 from repdeploy.skeletons.layers import WINDOW, averaged, layer, summed
-from repdeploy.skeletons.mobilenet import MOBILENET, MOBILENET_7X7
-from repdeploy.skeletons.net import Architecture, Net, Skeleton
+from repdeploy.skeletons.mobilenet import MOBILENET, MOBILENET_7X7, mobilenet_v1
+from repdeploy.skeletons.net import Architecture, Net, Skeleton, refusing
 from repdeploy.skeletons.plain import CIFAR_QUICK, LENET, VGG
 from repdeploy.skeletons.rep_ghost import REP_GHOST
 from repdeploy.skeletons.rep_lk import REP_LK
@@ -31,6 +31,8 @@ __all__ = [
     "Skeleton",
     "averaged",
     "layer",
+    "mobilenet_v1",
+    "refusing",
     "rep_vgg_variants",
     "resnet_variants",
     "squeeze_excite",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from repdeploy.errors import NotRecognised
 from repdeploy.skeletons.layers import GLOBAL, WINDOW, averaged, layer
-from repdeploy.skeletons.net import Net, Skeleton
+from repdeploy.skeletons.net import Architecture, Net, Skeleton
 
 STRIDED = (1, 3, 5, 11)
 """The blocks that halve the resolution."""
@@ -29,3 +29,8 @@ def forward(window: int | str, net: Net, x: Tensor) -> Tensor:
 
 MOBILENET = Skeleton("mobilenet", partial(forward, GLOBAL), ("conv1",), facts=(WINDOW,))
 MOBILENET_7X7 = Skeleton("mobilenet_7x7", partial(forward, 7), ("conv1",), facts=(WINDOW,))
+
+
+def mobilenet_v1(skeleton: Skeleton = MOBILENET) -> Architecture:
+    """The published widths (table 1), as one repository or the other builds them."""
+    return Architecture((1, 13), (32, 1024), skeleton=skeleton.name)

@@ -7,12 +7,13 @@ squeeze-excite belong to the skeleton.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from repdeploy.errors import NotRecognised
 from repdeploy.facts import FactKind
 
 
@@ -69,6 +70,19 @@ class Skeleton:
     side: int = 224
     facts: tuple[FactKind, ...] = ()
     activations: tuple[str, ...] = ("ReLU",)
+
+
+def refusing(skeleton: Skeleton, names: Iterable[str], why: str) -> Skeleton:
+    """The same network, except where one of these names is stored: then it is another one, for the reason given."""
+    telling = tuple(names)
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        found = next((name for name in telling if name in net), None)
+        if found is not None:
+            raise NotRecognised(f"{found} is there: {why}")
+        return skeleton.forward(net, x)
+
+    return replace(skeleton, forward=forward)
 
 
 @dataclass(frozen=True, slots=True)
