@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from repdeploy.bundle import BENCH, Bundle, write_text
+from repdeploy.delivery import tool_versions
 from repdeploy.errors import BackendFailed, BackendMissing, InputError, UsageError
-from repdeploy.fusion import tool_versions
 from repdeploy.progress import Progress
 from repdeploy.records import BENCH_SCHEMA, Bench, BenchRow, Interval, Timing, to_json, tupled
 from repdeploy.runtimes import RUNTIMES, Runtime
@@ -49,8 +49,6 @@ def bench(
         raise UsageError(
             f"no runtime for {device} is called {', '.join(only)}", hint=f"runtimes for {device}: {', '.join(names)}"
         )
-    if subject.is_file():
-        chosen = [item for item in chosen if item.name == "onnxruntime"]
     load_before = os.getloadavg()[0] / (os.cpu_count() or 1)
     rows: list[BenchRow] = []
     total = len(chosen) * len(batches)

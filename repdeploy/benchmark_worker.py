@@ -46,7 +46,7 @@ def measure(request: dict[str, Any]) -> Iterator[BenchRow]:
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         networks = _jobs(Path(request["subject"]), image, request["threads"], scratch)
-        sessions = [(name, stack.enter_context(runtime.open(job))) for name, job in networks]
+        sessions = [(name, job, stack.enter_context(runtime.open(job))) for name, job in networks]
         for batch in request["batches"]:
             try:
                 yield _row(runtime, sessions, batch, image, request)
@@ -56,13 +56,18 @@ def measure(request: dict[str, Any]) -> Iterator[BenchRow]:
 
 def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[Any, Job]]:
     if subject.is_file():
-        return [("file", Job(image, threads, onnx=lambda: subject))]
+        return [("file", _graph_job(subject, image, threads))]
     from repdeploy import registry
     from repdeploy.bundle import Bundle
     from repdeploy.network import Network
     from repdeploy.rebuild import deploy_network, training_twin
 
     bundle, families = Bundle(subject), registry.families()
+    if bundle.manifest.graph is not None:
+        return [
+            ("original", _graph_job(bundle.graph_source(), image, threads)),
+            ("squeezed", _graph_job(bundle.squeezed_graph(), image, threads)),
+        ]
 
     def onnx_of(name: str, network: Network) -> Path:
         from repdeploy.exporters.onnx_file import write_onnx
@@ -82,11 +87,32 @@ def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[
     ]
 
 
-def _row(runtime: Runtime, sessions: list[tuple[Any, Session]], batch: int, image: Any, request: dict[str, Any]) -> BenchRow:
+def _graph_job(path: Path, image: Any, threads: int) -> Job:
+    """An ONNX file, in onnxruntime or node by node in torch."""
+
+    def module() -> Any:
+        from repdeploy.graph.torch_module import GraphModule
+
+        return GraphModule(path)
+
+    def feeds(batch: int) -> Any:
+        from repdeploy.graph.onnx_source import read_onnx
+        from repdeploy.graph.sample_inputs import of_batch
+
+        return of_batch(read_onnx(path).model.graph, (batch, *image))
+
+    return Job(image, threads, module, lambda: path, feeds)
+
+
+def _row(
+    runtime: Runtime, sessions: list[tuple[Any, Job, Session]], batch: int, image: Any, request: dict[str, Any]
+) -> BenchRow:
     from repdeploy.network import sample_images
 
-    x = sample_images((batch, *image), seed=batch).numpy()
-    timers = [session.timer(x) for _, session in sessions]
+    timers = [
+        session.timer(job.inputs(batch, lambda: sample_images((batch, *image), seed=batch).numpy()))
+        for _, job, session in sessions
+    ]
     warmups, steady = warm_up(timers)
     runs = interleaved(timers, request["seconds"], LEAST_RUNS, MOST_RUNS, seed=batch)
     timings = tuple(
@@ -102,7 +128,7 @@ def _row(runtime: Runtime, sessions: list[tuple[Any, Session]], batch: int, imag
             warmups,
             steady,
         )
-        for (name, _), seconds in zip(sessions, runs, strict=True)
+        for (name, _, _), seconds in zip(sessions, runs, strict=True)
     )
     ratio = speedup(runs[0], runs[1]) if len(runs) == 2 else None
     return BenchRow(runtime.name, runtime.device, batch, timings, ratio)

@@ -21,12 +21,16 @@ from repdeploy.records import Manifest, manifest_from_json, to_json
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 REFERENCES = "references.npz"
+SOURCE = "source.onnx"
 BENCH = "bench.json"
 SUFFIX = ".repdeploy"
 FAILED = ".failed"
 """In front of the suffix of what --keep-failed keeps; such a bundle is never taken unless it is named."""
 PARTIAL = ".partial-"
 MAX_REFERENCE_BYTES = 64 << 20
+FED, ANSWERED = "fed:", "answered:"
+"""In front of a graph's input and output names in its references."""
+Arrays = dict[str, np.ndarray]
 
 
 class Bundle:
@@ -43,14 +47,34 @@ class Bundle:
             raise InputError(f"{path / MANIFEST} is not understood: {reason}", hint="convert the checkpoint again") from reason
 
     def tensors(self) -> dict[str, StoredTensor]:
-        return read_safetensors(self._intact(WEIGHTS, self.manifest.weights_sha256))
+        return read_safetensors(self.intact(WEIGHTS, self.manifest.weights_sha256))
 
     def references(self) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
         """Per image shape (channels, height, width): inputs in float32 and their float64 outputs."""
         if self.manifest.references_sha256 is None:
             return {}
-        self._intact(REFERENCES, self.manifest.references_sha256)
+        self.intact(REFERENCES, self.manifest.references_sha256)
         return self.references_in(self.path)
+
+    def graph_references(self) -> tuple[Arrays, Arrays]:
+        """Of a bundle made from a graph: inputs and float64 outputs by name, (sets, ...) each; empty where there are none."""
+        if self.manifest.references_sha256 is None:
+            return {}, {}
+        with np.load(self.intact(REFERENCES, self.manifest.references_sha256)) as arrays:
+            inputs, outputs = (
+                {name.removeprefix(side): arrays[name] for name in arrays if name.startswith(side)} for side in (FED, ANSWERED)
+            )
+        return inputs, outputs
+
+    def graph_source(self) -> Path:
+        """The graph that a bundle was made from. Raises InputError where it is missing or not that one."""
+        assert self.manifest.graph is not None
+        return self.intact(SOURCE, self.manifest.graph.sha256)
+
+    def squeezed_graph(self) -> Path:
+        """What the graph became. Raises InputError as `graph_source`."""
+        onnx = next(item for item in self.manifest.artifacts if item.kind == "onnx")
+        return self.intact(onnx.file, onnx.sha256)
 
     @staticmethod
     def references_in(folder: Path) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
@@ -85,7 +109,8 @@ class Bundle:
         write_text(self.path / MANIFEST, to_json(manifest))
         self.manifest = manifest
 
-    def _intact(self, name: str, sha256: str) -> Path:
+    def intact(self, name: str, sha256: str) -> Path:
+        """A file of the bundle. Raises InputError where it is missing or not the one that the manifest vouches for."""
         path = self.path / name
         if not path.is_file():
             raise InputError(f"{path} is missing", hint="convert the checkpoint again")
@@ -115,6 +140,17 @@ def save_references(path: Path, pairs: dict[tuple[int, ...], tuple[np.ndarray, n
         kept = max(1, min(len(inputs), MAX_REFERENCE_BYTES // max(per_image, 1)))
         suffix = "" if not arrays else "_" + "x".join(map(str, shape))
         arrays[f"input{suffix}"], arrays[f"output{suffix}"] = inputs[:kept], outputs[:kept]
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def save_graph_references(path: Path, inputs: Arrays, outputs: Arrays) -> None:
+    """Write inputs and outputs by name, as many sets of them as the cap allows."""
+    sets = len(next(iter(inputs.values())))
+    per_set = sum(array.nbytes for array in (*inputs.values(), *outputs.values())) // sets
+    kept = max(1, min(sets, MAX_REFERENCE_BYTES // max(per_set, 1)))
+    arrays = {FED + name: array[:kept] for name, array in inputs.items()}
+    arrays |= {ANSWERED + name: array[:kept] for name, array in outputs.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
 

@@ -5,9 +5,10 @@ Tensor libraries are imported by the verb that needs them, behind whatever can s
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from repdeploy.checkpoint import Checkpoint
 
 PathLike = str | Path
+GRAPH_SUFFIX = ".onnx"
+USUAL_BATCHES = (1, 8)
+"""Of a benchmark: latency, and throughput that a small device still reaches."""
 Shape = str | Sequence[int]
 
 
@@ -61,25 +65,39 @@ def convert(
     force: bool = False,
     keep_failed: bool = False,
     seed: int = 0,
+    model: str | None = None,
+    model_args: str | Mapping[str, object] | None = None,
+    force_squeeze: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
-    """Fuse a training checkpoint, prove the result, write a bundle.
+    """Fuse a training checkpoint, or squeeze an ONNX graph; prove the result, write a bundle.
 
+    `model` (package.module:factory, path/to/file.py:factory or timm:NAME) builds the user's own network, called with
+    `model_args`, a mapping or its JSON; the checkpoint is loaded into it and its graph is squeezed.
     Raises UsageError, InputError and VerificationFailed (repdeploy.errors), each with its hint and exit status.
     """
     _one_of("--gates", gates, ("all", "blocks"))
     _one_of("--dtype", dtype, ("float32", "float64"))
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
-    hashing = Digest(Path(checkpoint))
-    from repdeploy import fusion, registry
+    path, settings = Path(checkpoint), _several(set)
+    is_graph = path.suffix == GRAPH_SUFFIX
+    if is_graph:
+        _only_for_checkpoints(
+            family=family, arch=arch, set=settings or None, model=model, model_args=model_args,
+            weights=None if weights == "model" else weights, dtype=None if dtype == "float32" else dtype,
+        )  # fmt: skip
+        _require_file(path)
+    elif model is None and (model_args is not None or force_squeeze):
+        flag = "--model-args" if model_args is not None else "--force-squeeze"
+        raise UsageError(f"{flag} goes with --model or an ONNX file: a checkpoint alone has no graph")
+    hashing = Digest(path)
     from repdeploy.bundle import SUFFIX
+    from repdeploy.delivery import Request
 
-    loaded = _load(checkpoint, family, weights)
-    settings = _several(set)
     command = _command(
         "convert",
-        loaded.path.name,
+        path.name,
         family=family,
         weights=None if weights == "model" else weights,
         arch=arch,
@@ -88,8 +106,11 @@ def convert(
         gates=None if gates == "all" else gates,
         dtype=None if dtype == "float32" else dtype,
         seed=seed or None,
+        model=model,
+        model_args=json.dumps(model_args) if isinstance(model_args, Mapping) else model_args,
+        force_squeeze=force_squeeze or None,
     )
-    request = fusion.Request(
+    request = Request(
         family=family,
         arch=arch,
         settings=settings,
@@ -101,9 +122,24 @@ def convert(
         force=force,
         keep_failed=keep_failed,
         seed=seed,
+        force_squeeze=force_squeeze,
         command=command,
     )
-    target = Path(output) if output is not None else Path(f"{stem(loaded.path)}{SUFFIX}")
+    target = Path(output) if output is not None else Path(f"{stem(path)}{SUFFIX}")
+    if is_graph:
+        from repdeploy import graph_fusion
+
+        return graph_fusion.convert(path, hashing, target, request, progress)
+    from repdeploy import registry
+
+    loaded = _load(checkpoint, family, weights)
+    if model is not None:
+        from repdeploy import own_model
+
+        factory = own_model.Factory(model, own_model.arguments(model_args))
+        return own_model.convert(loaded, factory, hashing, registry.families(), target, request, progress)
+    from repdeploy import fusion
+
     return fusion.convert(loaded, hashing, registry.families(), target, request, progress)
 
 
@@ -132,6 +168,8 @@ def verify(
         raise UsageError("--input-shape goes with --against or with two artifacts: a replay uses the recorded images")
     if against is None:
         return verification.replay(opened, families, progress)
+    if opened.manifest.graph is not None:
+        return verification.squeezed_again(opened, Path(against), shape, seed, progress)
     checkpoint = _load(against, None, opened.manifest.source.weights)
     return verification.again(opened, checkpoint, families, shape, seed, progress)
 
@@ -158,7 +196,8 @@ def export(
     from repdeploy.rebuild import require_network
 
     opened = _open(bundle)
-    require_network(opened)
+    if opened.manifest.graph is None:
+        require_network(opened)
     command = _command(
         "export", trt=trt or None, input_shape=_joined(input_shape), dynamic=None if dynamic == "batch" else dynamic
     )
@@ -178,7 +217,7 @@ def bench(
     subject: PathLike | None = None,
     *,
     device: str = "cpu",
-    batch: Sequence[int] = (1, 8),
+    batch: Sequence[int] | None = None,
     input_shape: Shape | None = None,
     threads: int | None = None,
     seconds: float = 4.0,
@@ -187,21 +226,29 @@ def bench(
 ) -> Bench:
     """Measure training-time against deploy network per runtime and batch size (a bundle), or one ONNX file.
 
+    `batch`: 1 and 8 when left out, or the one that a graph is fixed to.
+
     Raises UsageError, BackendMissing when nothing on that device can run, BackendFailed when a named runtime crashes.
     """
     _one_of("--device", device, ("cpu", "cuda"))
-    if not batch or min(batch) < 1 or seconds <= 0 or (threads is not None and threads < 1):
+    if (batch is not None and (not batch or min(batch) < 1)) or seconds <= 0 or (threads is not None and threads < 1):
         raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
     shape = parse_shape(input_shape)
     from repdeploy import benchmark, registry
     from repdeploy.bundle import Bundle
     from repdeploy.rebuild import check_image, require_network
-    from repdeploy.verification import image_of_file
+    from repdeploy.verification import fixed_batch, image_of_file
 
     path = Path(subject) if subject is not None else newest_bundle()
     opened = None if path.is_file() else Bundle(path)
+    own_batch = None
     if opened is None:
+        own_batch = fixed_batch(path)
         image = image_of_file(path, shape)
+    elif opened.manifest.graph is not None:
+        opened.require_verified()
+        own_batch = fixed_batch(opened.squeezed_graph())
+        image = (shape or opened.manifest.input_shape)[1:]  # type: ignore[assignment]
     else:
         require_network(opened)
         opened.require_verified()
@@ -210,7 +257,7 @@ def bench(
         path,
         image,
         device=device,
-        batches=tuple(dict.fromkeys(batch)),
+        batches=tuple(dict.fromkeys(batch or ((own_batch,) if own_batch else USUAL_BATCHES))),
         threads=threads or os.cpu_count() or 1,
         seconds=seconds,
         only=tuple(runtime),
@@ -251,7 +298,7 @@ def parse_shape(shape: Shape | None) -> tuple[int, ...] | None:
 def stem(path: Path) -> str:
     """The checkpoint's name without its extensions: best.pth.tar -> best."""
     name = path.name
-    for suffix in (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".hdf5", ".h5"):
+    for suffix in (".tar", ".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".hdf5", ".h5", GRAPH_SUFFIX):
         name = name.removesuffix(suffix)
     return name or path.name
 
@@ -277,6 +324,22 @@ def _load(path: PathLike, family: str | None, weights: str) -> Checkpoint:
         registry.require(family)
     _one_of("--weights", weights, ("model", "ema"))
     return load(Path(path), weights)
+
+
+def _only_for_checkpoints(**given: object) -> None:
+    """Raises UsageError for options that say something about a checkpoint, where a graph was given."""
+    flag = next((name for name, value in given.items() if value is not None), None)
+    if flag is not None:
+        raise UsageError(
+            f"--{flag.replace('_', '-')} is about a checkpoint, and this is an ONNX graph, which says everything itself",
+            hint="leave it out",
+        )
+
+
+def _require_file(path: Path) -> None:
+    """Raises UsageError, as for a checkpoint."""
+    if not path.is_file():
+        raise UsageError(f"{path} is a folder" if path.is_dir() else f"there is no file {path}", hint="check the path")
 
 
 def _several(texts: Iterable[str]) -> tuple[str, ...]:

@@ -139,9 +139,54 @@ class TensorShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a graph; an open size goes by its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptNode:
+    """A linear operator of a graph that stays, and why; the estimate in FLOPs where its region would have grown."""
+
+    name: str
+    operator: str
+    reason: str
+    flops_before: int | None = None
+    flops_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GraphReport:
+    """The graph road's half of a manifest.
+
+    `sampled`: the input shapes that estimates and gates used; `operators_*`: how many of each operator; `flops_*`, `bytes_*`:
+    estimates for the squeezed regions; `forced`: --force-squeeze; `model`: what --model built, empty for an ONNX file.
+    """
+
+    file: str
+    sha256: str
+    opset: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    sampled: tuple[tuple[str, tuple[int, ...]], ...]
+    operators_before: tuple[tuple[str, int], ...]
+    operators_after: tuple[tuple[str, int], ...]
+    flops_before: int
+    flops_after: int
+    bytes_before: int
+    bytes_after: int
+    kept: tuple[KeptNode, ...]
+    forced: bool = False
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything a bundle says about itself; `training` is the structure from which `bench` rebuilds the twin; `norms`: batch
-    norms that no convolution takes in, and why."""
+    norms that no convolution takes in, and why; `graph`: of a bundle that was made from a graph."""
 
     source: Source
     family: str
@@ -165,6 +210,7 @@ class Manifest:
     artifacts: tuple[Artifact, ...] = ()
     notes: tuple[str, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
+    graph: GraphReport | None = None
     schema: str = MANIFEST_SCHEMA
 
     def artifact(self, file: str) -> Artifact | None:
@@ -279,7 +325,7 @@ class Interval:
 class Timing:
     """Every timed run of one network in one runtime, in seconds, and the conditions."""
 
-    network: Literal["training-time", "deploy", "file"]
+    network: Literal["training-time", "deploy", "original", "squeezed", "file"]
     runtime: str
     device: str
     precision: str
@@ -418,6 +464,17 @@ def manifest_from_json(text: str) -> Manifest:
         ),
         "notes": tuple(content["notes"]),
         "norms": tuple((name, reason) for name, reason in content.get("norms", ())),
+        "graph": _graph(content["graph"]) if content.get("graph") else None,
+    })  # fmt: skip
+
+
+def _graph(item: Mapping[str, Any]) -> GraphReport:
+    ports = {side: tuple(Port(**tupled(port)) for port in item[side]) for side in ("inputs", "outputs")}
+    pairs = {side: tuple((name, count) for name, count in item[side]) for side in ("operators_before", "operators_after")}
+    return GraphReport(**{
+        **item, **ports, **pairs,
+        "sampled": tuple((name, tuple(shape)) for name, shape in item["sampled"]),
+        "kept": tuple(KeptNode(**node) for node in item["kept"]),
     })  # fmt: skip
 
 

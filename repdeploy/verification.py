@@ -18,6 +18,7 @@ from repdeploy.errors import InputError, UsageError
 from repdeploy.exporters.onnx_file import image_of
 from repdeploy.exporters.stage import onnx_checks
 from repdeploy.family import Family
+from repdeploy.graph_fusion import graph_checks, prove_graph_again
 from repdeploy.progress import Progress
 from repdeploy.proof import prove_again
 from repdeploy.rebuild import deploy_network
@@ -32,6 +33,8 @@ def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Ve
     if not opened.manifest.verdict.passed:
         first = opened.manifest.verdict.failures[0]
         checks.append(replace(first, failure=first.failure or "over budget when it was converted"))
+    if opened.manifest.graph is not None:
+        return _replay_graph(opened, checks, progress)
     try:
         tensors, references = opened.tensors(), opened.references()
     except InputError as reason:  # a file that is not the one the manifest vouches for
@@ -61,6 +64,56 @@ def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Ve
         else:
             skipped.append(f"{artifact.file}: nothing here runs a {artifact.kind}")
     return Verification(str(opened.path), tuple(checks), tuple(skipped))
+
+
+def _replay_graph(opened: Bundle, checks: list[Check], progress: Progress) -> Verification:
+    """The recorded references through the original and the squeezed graph."""
+    graph, skipped = opened.manifest.graph, []
+    assert graph is not None
+    try:
+        inputs, outputs = opened.graph_references()
+    except InputError as reason:
+        return Verification(str(opened.path), (*checks, _damaged(bundles.REFERENCES, str(reason))))
+    if not inputs:
+        skipped.append(f"no network-level reference: gates {opened.manifest.verdict.grade}")
+    files = [(graph.file, graph.sha256, "fp32")]
+    files += [(item.file, item.sha256, item.precision) for item in opened.manifest.artifacts if item.kind == "onnx"]
+    precision = files[-1][2]
+    for file, sha256, _ in files:
+        progress(f"verifying {file}", 0, 1)
+        try:
+            path = opened.intact(file, sha256)
+        except InputError as reason:
+            checks.append(_damaged(file, str(reason)))
+            continue
+        checks.append(Check("stored", file, 0.0, 0.0, SAME_FILE))
+        if inputs:
+            checks += graph_checks(path, inputs, outputs, precision)
+    skipped += [f"{item.file}: nothing here runs a {item.kind}" for item in opened.manifest.artifacts if item.kind != "onnx"]
+    return Verification(str(opened.path), tuple(checks), tuple(skipped))
+
+
+def squeezed_again(opened: Bundle, source: Path, shape: tuple[int, ...] | None, seed: int, progress: Progress) -> Verification:
+    """The gates anew on other images: the original graph is squeezed again and held against the stored one."""
+    graph = opened.manifest.graph
+    assert graph is not None
+    if graph.model:
+        raise UsageError(
+            f"this bundle's graph was built by {graph.model}, which verify does not run",
+            hint="convert again with --model and another --seed; verify without --against replays the references",
+        )
+    if not source.is_file():
+        raise UsageError(f"there is no file {source}", hint="give the ONNX file that was converted")
+    if digest(source) != opened.manifest.source.sha256:
+        raise InputError(
+            f"{source.name} is not the graph this bundle was made from ({opened.manifest.source.file})",
+            hint="give the original graph, or convert this one",
+        )
+    onnx = next(item for item in opened.manifest.artifacts if item.kind == "onnx")
+    checks = prove_graph_again(
+        opened.graph_source(), opened.squeezed_graph(), shape or onnx.input_shape, graph.forced, seed, progress
+    )
+    return Verification(f"{opened.path} against {source.name}", tuple(checks))
 
 
 SAME_FILE = "SHA-256 differs"
@@ -95,26 +148,35 @@ def compare(first: Path, second: Path, families: Sequence[Family], shape: tuple[
     wanted = shape or next((found for found in shapes if None not in found[1:]), None)
     if wanted is None:
         raise UsageError("neither side has a fixed image size", hint="give one with --input-shape 1x3x224x224")
-    images = gates.gate_images(wanted[1:], seed, batch=max(2, wanted[0] or 1))  # type: ignore[arg-type]
-    outputs = [torch.from_numpy(_run_any(path, families, images.numpy())) for path in (first, second)]
-    check = gates.artifact_check(
-        f"{second.name} against {first.name}, {times(images.shape)}", outputs[1], outputs[0].double(), "fp32"
-    )
-    return Verification(f"{first} against {second}", (check,))
+    fixed = next((size for size in (found[0] for found in shapes) if size is not None), None)
+    images = gates.gate_images(wanted[1:], seed, batch=fixed or max(2, wanted[0] or 1))  # type: ignore[arg-type]
+    ours, theirs = (_run_any(path, families, images.numpy()) for path in (second, first))
+    subject = f"{second.name} against {first.name}, {times(images.shape)}"
+    if len(ours) != len(theirs):
+        failure = f"{second.name} gives {len(ours)} outputs, {first.name} {len(theirs)}"
+        return Verification(f"{first} against {second}", (Check("artifact", subject, float("inf"), 0.0, failure=failure),))
+    checks = []
+    for index, (got, expected) in enumerate(zip(ours, theirs, strict=True), 1):
+        which = f"{subject}, output {index}" if len(ours) > 1 else subject
+        checks.append(gates.artifact_check(which, torch.from_numpy(got), torch.from_numpy(expected).double(), "fp32"))
+    return Verification(f"{first} against {second}", tuple(checks))
 
 
 def _own_shape(path: Path) -> tuple[int | None, ...] | None:
     if path.is_file():
         return image_of(known_file(path))[0]
-    return Bundle(path).manifest.input_shape or None
+    opened = Bundle(path)
+    return image_of(opened.squeezed_graph())[0] if opened.manifest.graph else opened.manifest.input_shape or None
 
 
-def _run_any(path: Path, families: Sequence[Family], images: np.ndarray) -> np.ndarray:
-    if path.is_file():
-        return OnnxSession(path).run(images)
-    network = deploy_network(Bundle(path), families, images.shape[1:])
-    result: np.ndarray = gates.run_in_chunks(network, torch.from_numpy(images)).numpy()
-    return result
+def _run_any(path: Path, families: Sequence[Family], images: np.ndarray) -> list[np.ndarray]:
+    """Every output."""
+    opened = None if path.is_file() else Bundle(path)
+    if opened is None or opened.manifest.graph is not None:
+        session = OnnxSession(opened.squeezed_graph() if opened is not None else path)
+        return list(session.run_all({session.input_name: images}).values())
+    network = deploy_network(opened, families, images.shape[1:])
+    return [gates.run_in_chunks(network, torch.from_numpy(images)).numpy()]
 
 
 def known_file(path: Path) -> Path:
@@ -126,6 +188,12 @@ def known_file(path: Path) -> Path:
 
 def times(shape: Sequence[object]) -> str:
     return "x".join(map(str, shape))
+
+
+def fixed_batch(path: Path) -> int | None:
+    """The batch that an ONNX file is fixed to; None where it is open."""
+    sizes = image_of(known_file(path))[0]
+    return sizes[0] if sizes else None
 
 
 def image_of_file(path: Path, shape: tuple[int, ...] | None) -> tuple[int, int, int]:

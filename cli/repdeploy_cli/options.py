@@ -40,6 +40,12 @@ Debug = Annotated[
 CheckpointFile = Annotated[
     Path, typer.Argument(help="Training-time weights: .pth, .pt, .pth.tar, .safetensors, .hdf5 or .h5.", show_default=False)
 ]
+CheckpointOrGraph = Annotated[
+    Path,
+    typer.Argument(
+        help="Training-time weights: .pth, .pt, .pth.tar, .safetensors, .hdf5 or .h5; or a graph: .onnx.", show_default=False
+    ),
+]
 BundleFolder = Annotated[
     Path | None, typer.Argument(help="A bundle; the newest one in this folder when left out.", show_default=False)
 ]

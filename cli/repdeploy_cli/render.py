@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
         Export,
         Fact,
         FamilyInfo,
+        GraphReport,
         Inspection,
+        KeptNode,
         Manifest,
         Source,
         Tool,
@@ -43,6 +46,8 @@ ORIGINS = {
 }
 MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the last block; --json has them all."""
+OPERATORS_NAMED = 6
+"""Kinds of operators whose numbers before and after are shown, those that changed most first."""
 MAX_FORMULA, LEAST_FORMULA = 40, 10
 """A formula that is longer, or has no room, stands below the table, once."""
 COLUMNS_BESIDE = 24
@@ -119,7 +124,7 @@ def progress() -> Iterator[Progress]:
         yield report
 
 
-def show_conversion(conversion: Conversion) -> None:
+def show_conversion(conversion: Conversion, *, explain: bool = False) -> None:
     if _printed(conversion):
         return
     console, manifest = stdout(), conversion.manifest
@@ -128,9 +133,12 @@ def show_conversion(conversion: Conversion) -> None:
         console.print(Text(f"note: {note}", "yellow"))
     if conversion.already_deployed:
         console.print()
+        blocks = f"nothing to fuse: all {len(manifest.blocks)} blocks are in their deploy form already"
         console.print(
-            Text(f"nothing to fuse: all {len(manifest.blocks)} blocks are in their deploy form already", "bold green")
+            Text("nothing to squeeze: no linear region would get smaller" if manifest.graph else blocks, "bold green")
         )
+        if manifest.graph:
+            _stays(console, manifest.graph, explain)
         return
     console.print()
     _blocks(console, manifest.blocks)
@@ -140,6 +148,9 @@ def show_conversion(conversion: Conversion) -> None:
     for name, reason in _grouped_by_reason(manifest.dropped):
         console.print(f"left out: {name} ({reason})")
     _norms(console, manifest.norms)
+    if manifest.graph:
+        _graph(console, manifest.graph)
+        _stays(console, manifest.graph, explain)
     _facts(console, manifest.facts)
     if conversion.bundle is None:
         console.print()
@@ -208,7 +219,8 @@ def show_export(result: Export) -> int:
                 _number(worst.budget) if worst else "",
             )
         console.print(table)
-        batches = ", ".join(check.subject.rpartition("batch ")[2] for check in result.artifacts[0].checks)
+        checked = [check.subject.rpartition("batch ") for check in result.artifacts[0].checks]
+        batches = ", ".join(size for _, found, size in checked if found)
         if batches:
             console.print(f"checked in onnxruntime against the float64 reference at batch {batches}")
         for name in result.reused:
@@ -235,7 +247,8 @@ def show_bench(result: Bench) -> None:
         )
     )
     both = any(row.speedup for row in result.rows)
-    columns = (">training-time", ">deploy", ">speed-up", "95 % interval", ">images/s") if both else (">latency", ">images/s")
+    names = [f">{timing.network}" for timing in next(row for row in result.rows if row.timings).timings]
+    columns = (*names, ">speed-up", "95 % interval", ">images/s") if both else (">latency", ">images/s")
     table = _table("runtime", ">batch", *columns)
     for row in result.rows:
         if not row.timings:
@@ -325,6 +338,9 @@ def _summary(console: Console, source: Source, family: str, architecture: str) -
     where = f", under {source.where!r}" if source.where else ""
     prefix = f", prefix {source.prefix!r} stripped" if source.prefix else ""
     console.print(Text.assemble((source.file, "bold"), f"  {source.container}, {_size(source.bytes)}{where}{prefix}"))
+    if source.container.startswith("ONNX"):
+        console.print(f"{family}: {architecture}")
+        return
     weights = {"model": "the model's own weights", "ema": "the EMA weights"}[source.weights]
     if source.has_ema:
         other = "ema" if source.weights == "model" else "model"
@@ -348,7 +364,8 @@ def _verdict(console: Console, manifest: Manifest) -> None:
         from dataclasses import replace
 
         worst = max(algebra, key=lambda check: check.error)
-        rows = [replace(worst, subject=f"{len(algebra)} blocks, the worst is {worst.subject or '(root)'}"), *others]
+        what = "regions" if manifest.graph else "blocks"
+        rows = [replace(worst, subject=f"{len(algebra)} {what}, the worst is {worst.subject or '(root)'}"), *others]
     console.print(_checks(rows))
     if verdict.grade == "self-consistent":
         rests = "rests on the assumed facts above" if verdict.assumed else "has not met outputs of yours"
@@ -394,6 +411,45 @@ def _block_cells(block: BlockReport, formula: str, proved: bool) -> list[str]:
 def _fused(block: BlockReport) -> str:
     out, within, height, width = block.kernel
     return f"{height}x{width} {within * block.groups} -> {out}" + (f", g={block.groups}" if block.groups > 1 else "")
+
+
+def _graph(console: Console, graph: GraphReport) -> None:
+    """What squeezing a graph did to its operators, and what that saves."""
+    before, after = dict(graph.operators_before), dict(graph.operators_after)
+    changed = [name for name in before if before[name] != after.get(name, 0)]
+    most = sorted(changed, key=lambda name: before[name] - after.get(name, 0), reverse=True)[:OPERATORS_NAMED]
+    console.print("operators: " + ", ".join(f"{name} {before[name]} -> {after.get(name, 0)}" for name in most))
+    images = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in graph.sampled)
+    console.print(
+        f"squeezed regions, estimated at {images}: {_flops(graph.flops_before)} -> {_flops(graph.flops_after)}, "
+        f"{_size(graph.bytes_before)} -> {_size(graph.bytes_after)} moved"
+    )
+
+
+def _stays(console: Console, graph: GraphReport, explain: bool) -> None:
+    """The linear operators that were not squeezed: how many, or with --explain each one's reason."""
+    if not graph.kept:
+        return
+    if not explain:
+        console.print(f"{len(graph.kept)} linear operators stay as they are; --explain says why, one by one")
+        return
+    groups: dict[tuple[str, str], list[KeptNode]] = {}
+    for node in graph.kept:
+        groups.setdefault((node.operator, node.reason), []).append(node)
+    console.print()
+    for (operator, reason), nodes in groups.items():
+        console.print(Text.assemble((f"{operator} stays", "bold"), f" ({len(nodes)}x): {reason}"))
+        names = [node.name or "(no name)" for node in nodes]
+        if nodes[0].flops_before is not None:
+            names = [f"{node.name}: {_flops(node.flops_before or 0)} -> {_flops(node.flops_after or 0)}" for node in nodes]
+        console.print(Padding(", ".join(names), (0, 0, 0, 4)))
+
+
+def _flops(count: int) -> str:
+    for unit, size in (("GFLOP", 1e9), ("MFLOP", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kFLOP"
 
 
 def _norms(console: Console, norms: tuple[tuple[str, str], ...]) -> None:

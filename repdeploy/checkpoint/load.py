@@ -108,8 +108,8 @@ def sniff(path: Path) -> str:
         raise UnreadableCheckpoint(f"{path.name} is empty; expected {known}", hint="copy or download it again")
     if path.suffix == ".onnx":
         raise InputError(
-            f"{path.name} is an ONNX graph; convert reads training checkpoints, {known}",
-            hint="give the checkpoint the graph was exported from",
+            f"{path.name} is an ONNX graph; expected {known}",
+            hint="repdeploy convert squeezes graphs; with --dry-run --explain it only says what it would do",
         )
     what = "a text file" if _is_text(head) else "no container known here"
     raise UnreadableCheckpoint(

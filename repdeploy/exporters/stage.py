@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ import torch
 from repdeploy import gates
 from repdeploy.bundle import REFERENCES, Bundle, replacing, save_references
 from repdeploy.digest import digest
-from repdeploy.errors import UsageError, VerificationFailed
+from repdeploy.errors import InputError, UsageError, VerificationFailed
 from repdeploy.exporters import onnx_file, tensorrt_engine
 from repdeploy.family import Family
 from repdeploy.progress import Progress
 from repdeploy.rebuild import check_image, deploy_network
-from repdeploy.records import Artifact, Check, Export
+from repdeploy.records import Artifact, Check, Export, GraphReport
 from repdeploy.runtimes.onnx_cpu import OnnxSession
 
 REFERENCE_IMAGES = 3
@@ -41,6 +42,8 @@ def export(
     Raises UsageError where `output` would replace something that is no export of ours.
     """
     bundle.require_verified()
+    if bundle.manifest.graph is not None:
+        return _of_graph(bundle, bundle.manifest.graph, shape, trt=trt, output=output, command=command)
     image = check_image(bundle, families, shape)
     name = f"model.{PRECISION}.onnx"
     path = output or bundle.path / name
@@ -60,7 +63,32 @@ def export(
         progress("exporting ONNX", 3, 3)
         if not trt:
             return Export(path.parent, (onnx,), reused, norms=bundle.manifest.norms)
-        return _tensorrt(bundle, onnx, path, image, dynamic, command, reused)
+        return _tensorrt(bundle, onnx, path, {onnx_file.INPUT: image}, command, reused)
+
+
+def _of_graph(
+    bundle: Bundle, graph: GraphReport, shape: tuple[int, ...], *, trt: bool, output: Path | None, command: str
+) -> Export:
+    """A bundle that was made from a graph has its ONNX, with the axes that the graph has.
+
+    Raises InputError for another image size, UsageError where `output` would replace something that is no export of ours.
+    """
+    onnx = next(item for item in bundle.manifest.artifacts if item.kind == "onnx")
+    if shape[1:] != onnx.input_shape[1:]:
+        raise InputError(
+            f"this bundle was squeezed and proved at {'x'.join(map(str, onnx.input_shape))}",
+            hint="convert the graph again with that --input-shape",
+        )
+    path = bundle.squeezed_graph()
+    if output is not None:
+        _may_write(output)
+        with replacing(output) as temporary:
+            shutil.copyfile(path, temporary)
+        return Export(output.parent, (replace(onnx, file=output.name),))
+    if not trt:
+        return Export(bundle.path, (onnx,), (onnx.file,))
+    with bundle.locked():
+        return _tensorrt(bundle, onnx, path, {name: sampled[1:] for name, sampled in graph.sampled}, command, (onnx.file,))
 
 
 def _may_write(output: Path) -> None:
@@ -149,19 +177,19 @@ def _current(bundle: Bundle, name: str, shape: tuple[int, ...], dynamic: str) ->
 
 
 def _tensorrt(
-    bundle: Bundle, onnx: Artifact, path: Path, image: tuple[int, int, int], dynamic: str, command: str, reused: tuple[str, ...]
+    bundle: Bundle, onnx: Artifact, path: Path, shapes: tensorrt_engine.Shapes, command: str, reused: tuple[str, ...]
 ) -> Export:
     size = onnx.input_shape[0]
-    batches = tensorrt_engine.BATCHES if dynamic == "batch" else (size, size, size)
-    tensorrt_engine.write_build_script(bundle.path, path.name, image, batches, PRECISION)
-    line = tensorrt_engine.trtexec_line(path.name, onnx_file.INPUT, image, batches)
+    batches = tensorrt_engine.BATCHES if onnx.dynamic else (size, size, size)
+    tensorrt_engine.write_build_script(bundle.path, path.name, shapes, batches, onnx.precision)
+    line = tensorrt_engine.trtexec_line(path.name, shapes, batches)
     notes = (f"{tensorrt_engine.SCRIPT} builds, runs and checks the engine on the target machine", f"or: {line}")
     absent = tensorrt_engine.missing()
     if absent is not None:
         return Export(bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes, norms=bundle.manifest.norms)
     plan = tensorrt_engine.build_engine(bundle.path)
     engine = Artifact(
-        file=plan.name, kind="tensorrt", precision=PRECISION, sha256=digest(plan), bytes=plan.stat().st_size,
+        file=plan.name, kind="tensorrt", precision=onnx.precision, sha256=digest(plan), bytes=plan.stat().st_size,
         made_from=bundle.manifest.weights_sha256, command=command, input_shape=onnx.input_shape, dynamic=onnx.dynamic,
     )  # fmt: skip
     bundle.write_manifest(bundle.manifest.with_artifact(engine))

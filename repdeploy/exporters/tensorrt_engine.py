@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,13 +18,17 @@ BATCHES = (1, 4, 16)
 """Smallest, optimal and largest batch of a dynamic engine's profile."""
 
 
-def write_build_script(folder: Path, onnx: str, image: tuple[int, int, int], batches: Sequence[int], precision: str) -> Path:
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of every input by name, without the batch."""
+
+
+def write_build_script(folder: Path, onnx: str, shapes: Shapes, batches: Sequence[int], precision: str) -> Path:
     """A self-contained script beside the ONNX: build, run, compare. Needs TensorRT and cuda-python, not this package."""
     text = files("repdeploy.exporters").joinpath("build_engine.py.in").read_text(encoding="utf-8")
     values = {
         "ONNX": onnx,
         "BUDGET": f"{PRECISION_BUDGETS[precision]:g}",
-        "IMAGE": str(tuple(image)),
+        "SHAPES": str(dict(shapes)),
         "PRECISION": precision,
         "BATCHES": ", ".join(map(str, batches)),
     }
@@ -34,10 +38,12 @@ def write_build_script(folder: Path, onnx: str, image: tuple[int, int, int], bat
     return folder / SCRIPT
 
 
-def trtexec_line(onnx: str, input_name: str, image: tuple[int, int, int], batches: Sequence[int]) -> str:
+def trtexec_line(onnx: str, shapes: Shapes, batches: Sequence[int]) -> str:
     """The same build with NVIDIA's own tool."""
-    shapes = [f"{input_name}:{'x'.join(map(str, (batch, *image)))}" for batch in batches]
-    options = " ".join(f"--{name}Shapes={shape}" for name, shape in zip(("min", "opt", "max"), shapes, strict=True))
+    options = " ".join(
+        f"--{bound}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
+        for bound, batch in zip(("min", "opt", "max"), batches, strict=True)
+    )
     return f"trtexec --onnx={onnx} {options} --stronglyTyped --noTF32 --profilingVerbosity=detailed --saveEngine=model.plan"
 
 

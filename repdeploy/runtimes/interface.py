@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    from repdeploy.network import Network
+    from torch import nn
+
+Feeds = dict[str, np.ndarray]
+"""A graph's inputs by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +23,14 @@ class Job:
 
     image: tuple[int, int, int]
     threads: int
-    module: Callable[[], Network] | None = None
+    module: Callable[[], nn.Module] | None = None
     onnx: Callable[[], Path] | None = None
+    feeds: Callable[[int], Feeds] | None = None
+    """Of a graph: its inputs by name at a batch size. Raises IllegalInput where the graph has another."""
+
+    def inputs(self, batch: int, images: Callable[[], np.ndarray]) -> Feeds | np.ndarray:
+        """What it runs on: the graph's inputs, else images."""
+        return images() if self.feeds is None else self.feeds(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +47,7 @@ class Session(Protocol):
     def run(self, x: np.ndarray) -> np.ndarray:
         """x (batch, channels, height, width) float32 -> the first output."""
 
-    def timer(self, x: np.ndarray) -> Callable[[], float]:
+    def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
         """A function that runs the network once on x and returns the seconds it took, device synchronised."""
 
 

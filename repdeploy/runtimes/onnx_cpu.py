@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from repdeploy.errors import BackendFailed
-from repdeploy.runtimes.interface import Job, Missing
+from repdeploy.runtimes.interface import Feeds, Job, Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,19 @@ class OnnxSession:
         self.input_name: str = self._session.get_inputs()[0].name
 
     def run(self, x: np.ndarray) -> np.ndarray:
-        try:
-            result: np.ndarray = self._session.run(None, {self.input_name: x})[0]
-        except Exception as reason:
-            raise BackendFailed(f"onnxruntime failed on an image of {x.shape}: {_short(reason)}") from reason
-        return result
+        return next(iter(self.run_all({self.input_name: x}).values()))
 
-    def timer(self, x: np.ndarray) -> Callable[[], float]:
-        feed = {self.input_name: x}
+    def run_all(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name."""
+        try:
+            results = self._session.run(None, dict(feeds))
+        except Exception as reason:
+            shapes = ", ".join(str(array.shape) for array in feeds.values())
+            raise BackendFailed(f"onnxruntime failed on an image of {shapes}: {_short(reason)}") from reason
+        return {output.name: result for output, result in zip(self._session.get_outputs(), results, strict=True)}
+
+    def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
+        feed = x if isinstance(x, dict) else {self.input_name: x}
 
         def once() -> float:
             start = time.perf_counter()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from repdeploy.errors import BackendFailed
-from repdeploy.network import Network
-from repdeploy.runtimes.interface import Job, Missing
+from repdeploy.runtimes.interface import Feeds, Job, Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class TorchEager:
 
 
 class TorchSession:
-    def __init__(self, network: Network, device: str) -> None:
+    def __init__(self, network: nn.Module, device: str) -> None:
         self.network, self.device = network, device
 
     def run(self, x: np.ndarray) -> np.ndarray:
@@ -52,8 +52,12 @@ class TorchSession:
             result: np.ndarray = self.network(torch.from_numpy(x).to(self.device)).cpu().numpy()
             return result
 
-    def timer(self, x: np.ndarray) -> Callable[[], float]:
-        images = torch.from_numpy(x).to(self.device)
+    def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
+        images = (
+            {name: torch.from_numpy(array).to(self.device) for name, array in x.items()}
+            if isinstance(x, dict)
+            else torch.from_numpy(x).to(self.device)
+        )
 
         def on_cpu() -> float:
             with torch.inference_mode():

@@ -17,7 +17,7 @@ LISTINGS = REFERENCE.parent / "tensorrt"
 
 
 def test_the_build_script_is_python_and_stands_alone(tmp_path: Path) -> None:
-    path = write_build_script(tmp_path, "model.fp32.onnx", (3, 224, 224), (1, 4, 16), "fp32")
+    path = write_build_script(tmp_path, "model.fp32.onnx", {"input": (3, 224, 224)}, (1, 4, 16), "fp32")
     text = path.read_text()
     tree = ast.parse(text)
     imported = {
@@ -36,7 +36,7 @@ def test_every_tensorrt_name_exists_in_both_majors(tmp_path: Path) -> None:
     """Names only: that the calls give right numbers can be seen on a machine with TensorRT alone."""
     if not LISTINGS.is_dir():
         pytest.skip("the listings of the TensorRT bindings (shared/tensorrt) are not beside this checkout")
-    tree = ast.parse(write_build_script(tmp_path, "m.onnx", (3, 8, 8), (1, 2, 3), "fp32").read_text())
+    tree = ast.parse(write_build_script(tmp_path, "m.onnx", {"input": (3, 8, 8)}, (1, 2, 3), "fp32").read_text())
     chains = set()
     for node in ast.walk(tree):
         parts: list[str] = []
@@ -66,7 +66,7 @@ def test_every_tensorrt_name_exists_in_both_majors(tmp_path: Path) -> None:
 
 
 def test_the_trtexec_line_is_strongly_typed() -> None:
-    line = trtexec_line("m.onnx", "input", (3, 8, 9), (1, 2, 3))
+    line = trtexec_line("m.onnx", {"input": (3, 8, 9)}, (1, 2, 3))
     assert "--minShapes=input:1x3x8x9 --optShapes=input:2x3x8x9 --maxShapes=input:3x3x8x9 --stronglyTyped --noTF32" in line
 
 

@@ -16,7 +16,9 @@ def bench(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
     batch: Annotated[
         list[int] | None,
-        typer.Option("--batch", "-b", help="Batch size; repeatable. 1 and 8 when left out.", show_default=False),
+        typer.Option(
+            "--batch", "-b", help="Batch size; repeatable. 1 and 8 when left out, or a graph's own.", show_default=False
+        ),
     ] = None,
     input_shape: options.InputShape = None,
     threads: Annotated[
@@ -38,7 +40,7 @@ def bench(
         from repdeploy import pipeline
 
         result = pipeline.bench(
-            taken, device=device, batch=batch or (1, 8), input_shape=input_shape, threads=threads, seconds=seconds,
+            taken, device=device, batch=batch, input_shape=input_shape, threads=threads, seconds=seconds,
             runtime=runtime or (), progress=report,
         )  # fmt: skip
     show_bench(result)

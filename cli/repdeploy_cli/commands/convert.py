@@ -10,7 +10,7 @@ from repdeploy_cli import options
 
 
 def convert(
-    checkpoint: options.CheckpointFile,
+    checkpoint: options.CheckpointOrGraph,
     family: options.Family = None,
     output: Annotated[
         Path | None,
@@ -32,11 +32,28 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Recognise and describe; write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle of another source.")] = False,
     keep_failed: Annotated[bool, typer.Option("--keep-failed", help="Keep what failed verification, for a look.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Build your own network and squeeze its graph; also FILE.py:FACTORY and timm:NAME. Runs that code.",
+            show_default=False,
+        ),
+    ] = None,
+    model_args: Annotated[
+        str | None, typer.Option(metavar="JSON", help='Keyword arguments of --model, as {"depth": 18}.', show_default=False)
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Of a graph: why each linear operator that stays was not squeezed.")
+    ] = False,
+    force_squeeze: Annotated[
+        bool, typer.Option("--force-squeeze", help="Of a graph: squeeze what would cost more operations, too.")
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Fuse a training checkpoint, prove the result, write a bundle."""
+    """Fuse a training checkpoint or squeeze an ONNX graph, prove the result, write a bundle."""
     from repdeploy_cli.render import progress, show_conversion
 
     # hashing and writing share the cores with the fusion: idle OpenMP threads must sleep, not spin (before torch loads)
@@ -47,6 +64,6 @@ def convert(
         conversion = pipeline.convert(
             checkpoint, family=family, output=output, weights=weights, arch=arch, set=set or (), input_shape=input_shape,
             expect=expect, gates=gates, dtype=dtype, seed=seed, dry_run=dry_run, force=force, keep_failed=keep_failed,
-            progress=report,
+            model=model, model_args=model_args, force_squeeze=force_squeeze, progress=report,
         )  # fmt: skip
-    show_conversion(conversion)
+    show_conversion(conversion, explain=explain)

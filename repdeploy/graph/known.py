@@ -1,0 +1,196 @@
+"""What a graph tells before it runs: its constants, in float64, and its shapes, in one pass from the inputs on.
+
+Folding and shape inference feed each other (a shape is read by a node, computed with, and used to reshape), so they go
+together, node by node. Source: onnx.shape_inference.infer_node_outputs; ONNX IR specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx.shape_inference import infer_node_outputs
+from torch import Tensor
+
+from repdeploy.graph.interpreter import CannotInterpret, Interpreter
+
+Size = int | str | None
+"""A fixed size, the name of an open one, or None where nothing is known."""
+FOLDED_AT_MOST = 1 << 26
+"""Elements of a constant that is computed here: what a graph expands beyond this stays as it is."""
+SHAPE_DATA_AT_MOST = 256
+"""Elements of a constant that shape inference is shown: shapes, axes, sizes."""
+
+
+class Known:
+    """Constants and shapes of one graph's values. Outer values that a subgraph reads are none of its business."""
+
+    def __init__(self, model: ir.Model, feeds: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """`feeds`: input shapes to assume in place of what the file leaves open."""
+        self.opset = model.opset_imports.get("", 1)
+        self.interpreter = Interpreter(self.opset)
+        self.constants: dict[ir.Value, Tensor] = {}
+        self._types: dict[str, onnx.TypeProto] = {}
+        self._imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+        for value in model.graph.initializers.values():
+            self._store(value)
+        for value in model.graph.inputs:
+            if value not in self.constants:
+                self._declare(value, (feeds or {}).get(value.name or ""))
+        for node in model.graph:
+            self._node(node)
+
+    def shape(self, value: ir.Value) -> tuple[Size, ...] | None:
+        """Per axis its size, its name, or None; None for an unknown rank."""
+        constant = self.constants.get(value)
+        if constant is not None:
+            return tuple(constant.shape)
+        proto = self._types.get(value.name or "")
+        if proto is None or not proto.tensor_type.HasField("shape"):
+            return None
+        return tuple(
+            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in proto.tensor_type.shape.dim
+        )
+
+    def sizes(self, value: ir.Value) -> tuple[int | None, ...] | None:
+        """Per axis its size where it is fixed."""
+        found = self.shape(value)
+        return None if found is None else tuple(size if isinstance(size, int) else None for size in found)
+
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """The type in the file, whatever the constants are computed in."""
+        if value.dtype is not None:
+            return value.dtype
+        proto = self._types.get(value.name or "")
+        return ir.DataType(proto.tensor_type.elem_type) if proto is not None and proto.tensor_type.elem_type else None
+
+    def elements(self, value: ir.Value) -> int | None:
+        found = self.sizes(value)
+        return None if found is None or None in found else math.prod(found)  # type: ignore[arg-type]
+
+    def _store(self, value: ir.Value) -> None:
+        if value.const_value is None:
+            return
+        try:
+            self.constants[value] = self.interpreter.tensor(value.const_value.numpy())
+        except CannotInterpret:
+            return
+        self._types[value.name or ""] = onnx.helper.make_tensor_type_proto(
+            int(value.const_value.dtype), tuple(self.constants[value].shape)
+        )
+
+    def _declare(self, value: ir.Value, shape: tuple[int, ...] | None) -> None:
+        proto = ir.serde.serialize_value(value).type
+        if shape is not None:
+            proto = onnx.helper.make_tensor_type_proto(proto.tensor_type.elem_type, shape)
+        self._types[value.name or ""] = proto
+
+    def _node(self, node: ir.Node) -> None:
+        if node.op_type == "Constant" and node.domain == "":
+            self._constant(node)
+            return
+        self._infer(node)
+        if node.op_type == "Shape" and node.inputs[0] is not None:
+            self._shape_of(node)
+        elif node.op_type == "CastLike" and node.inputs[0] in self.constants:
+            self._cast_like(node)
+        elif all(value is None or value in self.constants for value in node.inputs) and (node.inputs or _is_literal(node)):
+            self._fold(node)
+
+    def _constant(self, node: ir.Node) -> None:
+        output = node.outputs[0]
+        found = ir.convenience.get_const_tensor(output)
+        if found is None:
+            return
+        try:
+            self.constants[output] = self.interpreter.tensor(found.numpy())
+        except CannotInterpret:
+            return
+        self._types[output.name or ""] = onnx.helper.make_tensor_type_proto(
+            int(found.dtype), tuple(self.constants[output].shape)
+        )
+
+    def _shape_of(self, node: ir.Node) -> None:
+        source = node.inputs[0]
+        assert source is not None
+        found = self.sizes(source)
+        if found is None:
+            return
+        start = int(node.attributes["start"].value) if "start" in node.attributes else 0
+        end = int(node.attributes["end"].value) if "end" in node.attributes else len(found)
+        wanted = found[start:end]
+        if None not in wanted:
+            self.constants[node.outputs[0]] = torch.tensor(wanted, dtype=torch.int64)
+
+    def _cast_like(self, node: ir.Node) -> None:
+        """Of its second input only the type matters, and every floating type is one here."""
+        constant, like = (self.constants.get(value) if value is not None else None for value in node.inputs)
+        dtype = self.dtype(node.inputs[1]) if node.inputs[1] is not None else None
+        if constant is not None and dtype is not None and dtype.is_floating_point():
+            self.constants[node.outputs[0]] = constant.to(self.interpreter.dtype)
+        elif constant is not None and like is not None:
+            self.constants[node.outputs[0]] = constant.to(like.dtype)
+
+    def _fold(self, node: ir.Node) -> None:
+        if any((self.elements(output) or 0) > FOLDED_AT_MOST for output in node.outputs):
+            return
+        inputs = [None if value is None else self.constants[value] for value in node.inputs]
+        try:
+            outputs = self.interpreter.run(node, inputs)
+        except CannotInterpret:
+            return
+        for value, result in zip(node.outputs, outputs, strict=False):
+            if result.numel() <= FOLDED_AT_MOST:
+                self.constants[value] = result
+
+    def _infer(self, node: ir.Node) -> None:
+        if any(value is not None and value.name not in self._types for value in node.inputs) or _has_graph(node):
+            self._from_file(node.outputs)
+            return
+        # only what the node itself reads is handed over: the whole table would be copied at every node
+        types = {value.name or "": self._types[value.name or ""] for value in node.inputs if value is not None}
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.opset, node.domain)
+            proto = ir.to_proto(node)
+            data = {
+                value.name or "": onnx.numpy_helper.from_array(self._stored(value), value.name or "")
+                for value in node.inputs
+                if value is not None and value in self.constants and self.constants[value].numel() <= SHAPE_DATA_AT_MOST
+            }
+            found = infer_node_outputs(schema, proto, types, data, opset_imports=self._imports)
+        except Exception:  # the bindings raise their own kinds, without a common base; nothing is known then
+            self._from_file(node.outputs)
+            return
+        for value in node.outputs:
+            inferred = found.get(value.name or "")
+            if inferred is not None and inferred.tensor_type.HasField("shape"):
+                self._types[value.name or ""] = inferred
+            else:
+                self._from_file((value,), inferred)
+
+    def _stored(self, value: ir.Value) -> np.ndarray:
+        """A constant in the type it has in the file."""
+        array: np.ndarray = self.constants[value].numpy()
+        dtype = self.dtype(value)
+        return array.astype(dtype.numpy()) if dtype is not None else array
+
+    def _from_file(self, values: Iterable[ir.Value], inferred: onnx.TypeProto | None = None) -> None:
+        """What the file itself says about a value that nothing here infers."""
+        for value in values:
+            if value.type is not None and value.shape is not None:
+                self._types[value.name or ""] = ir.serde.serialize_value(value).type
+            elif inferred is not None:
+                self._types[value.name or ""] = inferred
+
+
+def _is_literal(node: ir.Node) -> bool:
+    return node.op_type == "ConstantOfShape"
+
+
+def _has_graph(node: ir.Node) -> bool:
+    kinds = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in kinds for attribute in node.attributes.values())

@@ -1,0 +1,126 @@
+"""An ONNX file as it is read and written here: checked, its weights constants, its functions inlined.
+
+Source: ONNX IR specification (external data, opset imports, initializers that are inputs as well).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass
+
+from repdeploy.bundle import replacing
+from repdeploy.errors import BackendFailed, InputError, UnreadableCheckpoint
+
+OLDEST_OPSET = 9
+"""Below it, batch norms and broadcasting meant something else."""
+MAX_BYTES = 1_800_000_000
+"""Protobuf ends at 2 GiB; below this the weights stay inside the file."""
+STANDARD = ("", "ai.onnx")
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxSource:
+    """A model as it lies in a file. `external`: files beside it that hold its weights; `notes`: what reading it changed."""
+
+    path: Path
+    model: ir.Model
+    external: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def opset(self) -> int:
+        return self.model.opset_imports[""]
+
+    @property
+    def container(self) -> str:
+        producer = f"{self.model.producer_name or ''} {self.model.producer_version or ''}".strip()
+        return f"ONNX, opset {self.opset}" + (f", written by {producer}" if producer else "")
+
+    def copy_to(self, target: Path) -> None:
+        """The file itself, with what lies beside it, under a name of ours."""
+        shutil.copyfile(self.path, target)
+        for name in self.external:
+            (target.parent / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path.parent / name, target.parent / name)
+
+
+def read_onnx(path: Path) -> OnnxSource:
+    """Read a model. Raises UnreadableCheckpoint for a damaged file, InputError for what is not supported, with the reason."""
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as reason:
+        raise UnreadableCheckpoint(f"{path.name} cannot be read: {reason.strerror}", hint="check the path") from reason
+    except Exception as reason:  # protobuf's DecodeError has no public name
+        raise UnreadableCheckpoint(
+            f"{path.name} is no ONNX file: {' '.join(str(reason).split())[:120]}", hint="export it again, or copy it again"
+        ) from reason
+    if not proto.graph.node:
+        raise UnreadableCheckpoint(f"{path.name} holds no graph", hint="export it again, or copy it again")
+    external = _external(path, proto)
+    versions = {item.domain: item.version for item in proto.opset_import}
+    opset = next((versions[domain] for domain in STANDARD if domain in versions), None)
+    newest = onnx.defs.onnx_opset_version()
+    if opset is None or not OLDEST_OPSET <= opset <= newest:
+        raise InputError(
+            f"{path.name} uses opset {opset}; {OLDEST_OPSET} to {newest} are known here",
+            hint="convert it with onnx.version_converter, or export it again",
+        )
+    try:
+        onnx.checker.check_model(str(path))
+        model = ir.load(path)
+    except Exception as reason:  # the checker's and the reader's errors have no base of their own
+        raise InputError(
+            f"{path.name} is not valid ONNX: {' '.join(str(reason).split())[:300]}",
+            hint="the exporter is to blame: onnx.checker.check_model says the same",
+        ) from reason
+    notes = []
+    if model.functions:
+        InlinePass()(model)
+        notes.append("functions of the model were inlined")
+    weights = [value.name for value in model.graph.inputs if value.name in model.graph.initializers]
+    if weights:
+        RemoveInitializersFromInputsPass()(model)
+        notes.append(f"{len(weights)} stored weights were listed as inputs as well; they are constants now")
+    return OnnxSource(path, model, external, tuple(notes))
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """One file, byte for byte the same for the same model. Raises BackendFailed where the result is not valid or too large."""
+    proto = ir.to_proto(model)
+    if proto.ByteSize() > MAX_BYTES:
+        raise BackendFailed(
+            f"the squeezed model has {proto.ByteSize() / 1e9:.1f} GB, and one file ends at 1.8",
+            hint="larger models are not written yet",
+        )
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as reason:
+        raise BackendFailed(f"the squeezed model is not valid ONNX: {' '.join(str(reason).split())[:300]}") from reason
+    with replacing(path) as temporary:
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _external(path: Path, proto: onnx.ModelProto) -> tuple[str, ...]:
+    """The files beside a model that hold its weights. Raises InputError where one is missing or lies elsewhere."""
+    names = {
+        entry.value
+        for tensor in onnx.external_data_helper._get_all_tensors(proto)
+        if onnx.external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in sorted(names):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(
+                f"{path.name} reads its weights from {name!r}, outside its own folder", hint="save it in one folder"
+            )
+        if not (path.parent / name).is_file():
+            raise InputError(
+                f"{path.name} keeps its weights in {name}, which is not beside it", hint="copy both files into one folder"
+            )
+    return tuple(sorted(names))

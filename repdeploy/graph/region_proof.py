@@ -1,0 +1,79 @@
+"""Gate 1 on the graph road: a region's expression, the convolution it became and its original nodes, in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from repdeploy import gates
+from repdeploy.algebra import FILL_TOLERANCE
+from repdeploy.graph.forms import Layout
+from repdeploy.graph.interpreter import Interpreter, evaluate
+from repdeploy.graph.known import Known
+from repdeploy.graph.regions import Region
+from repdeploy.records import Check
+
+FOLDED_BUDGET = 1e-5
+"""Where an exporter folded norms in float32, a border and what it must equal agree to float32 only."""
+OTHER_SIZE = 3
+"""Of an open axis that is neither the batch nor an image's: tokens, for example."""
+
+
+def region_check(known: Known, region: Region, name: str, seed: int = 0) -> Check:
+    """Run a region three ways on one image. The error is the largest of expression and nodes against the convolution."""
+    x = gates.algebra_image(_shape(known, region), seed)
+    source, layout = region.reading.source, region.reading.source.layout
+    interpreter = Interpreter(known.opset)
+    with gates.exact_arithmetic():
+        passed = x
+        for item in source.through:
+            passed = passed.flatten(1) if item.kind == "flatten" else _applied(interpreter, known, item.node, passed)
+        image = as_image(passed, layout)
+        literal, squeezed = region.reading.expression.run(image), region.conv.run(image)
+        order = [node for node in region.output.graph or () if node in region.reading.nodes]
+        constants = {
+            value: known.constants[value]
+            for node in order
+            for value in node.inputs
+            if value is not None and value in known.constants
+        }
+        found = evaluate(interpreter, order, {**constants, source.base: x}, [region.output])
+        original = as_image(found[region.output], layout)
+    exact = region.tolerance <= FILL_TOLERANCE
+    budget = gates.ALGEBRA_BUDGET if exact else FOLDED_BUDGET
+    detail = "" if exact else "an exporter folded norms in float32: border values agree to that"
+    if literal.shape != squeezed.shape or original.shape != squeezed.shape:
+        shapes = f"{tuple(squeezed.shape)}, its branches {tuple(literal.shape)}, its nodes {tuple(original.shape)}"
+        return Check("algebra", name, float("inf"), budget, failure=f"the squeezed convolution gives {shapes}")
+    error = max(gates.relative_error(squeezed, literal), gates.relative_error(squeezed, original))
+    if error != error or not bool(torch.isfinite(squeezed).all()):
+        return Check("algebra", name, float("inf"), budget, failure="the output has NaN or Inf")
+    return Check("algebra", name, error, budget, detail=detail)
+
+
+def as_image(x: Tensor, layout: Layout) -> Tensor:
+    """Any value as (batch, channels, height, width): what is missing has size 1."""
+    if layout == "last":
+        x = x.movedim(-1, 1).flatten(2)
+    return x.reshape(*x.shape, *(1,) * (4 - x.dim()))
+
+
+def _applied(interpreter: Interpreter, known: Known, node: object, x: Tensor) -> Tensor:
+    others = [known.constants[value] if value is not None else None for value in node.inputs[1:]]  # type: ignore[attr-defined]
+    return interpreter.run(node, [x, *others])[0]  # type: ignore[arg-type]
+
+
+def _shape(known: Known, region: Region) -> tuple[int, ...]:
+    """The smallest that shows border and interior; the graph's own size where the region holds at that only."""
+    reading = region.reading
+    sizes = known.sizes(reading.source.base) or ()
+    if reading.source.layout == "last":
+        return (*(min(size or OTHER_SIZE, OTHER_SIZE) for size in sizes[:-1]), reading.geometry.in_channels)
+    batch, channels = sizes[0] or 1, sizes[1] or reading.geometry.in_channels
+    rests_on_size = reading.bound or (
+        any(item.kind == "flatten" for item in reading.source.through)
+        and not any(item.kind == "pool" for item in reading.source.through)
+    )
+    if rests_on_size:
+        return (batch, channels, *(size or OTHER_SIZE for size in sizes[2:]))
+    return (batch, channels, *gates.border_and_interior(region.conv.geometry)[: len(sizes) - 2])

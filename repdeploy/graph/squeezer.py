@@ -1,0 +1,108 @@
+"""Squeeze a model: read, choose, prove, rewrite, and again until nothing more can be squeezed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from repdeploy.algebra import FILL_TOLERANCE
+from repdeploy.errors import VerificationFailed
+from repdeploy.graph.known import Known
+from repdeploy.graph.readings import Readings
+from repdeploy.graph.region_proof import region_check
+from repdeploy.graph.regions import Kept, Region, choose
+from repdeploy.graph.rewrite import Placed, initializers_below, numbers_in, rewrite
+from repdeploy.progress import Progress, each, silent
+from repdeploy.records import BlockReport, Check
+
+GRAPH = "graph"
+"""What stands in place of a family's name."""
+ROUNDS = 8
+"""Rounds of squeezing at most; the second one finds something only where chains are very long."""
+
+
+@dataclass(frozen=True, slots=True)
+class SqueezedRegion:
+    """A region that was squeezed, and what stands in its place."""
+
+    region: Region
+    placed: Placed
+    check: Check
+    report: BlockReport
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its border values agree in float64, as they do unless an exporter folded norms in float32."""
+        return self.region.tolerance <= FILL_TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class Squeezed:
+    """What `squeeze` did to a model: the regions in the order of the graph, and the linear operators that stay."""
+
+    regions: tuple[SqueezedRegion, ...]
+    kept: tuple[Kept, ...]
+
+
+def squeeze(
+    model: ir.Model,
+    feeds: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Squeezed:
+    """Squeeze every linear region of a model that pays, in place.
+
+    `feeds`: input shapes for the estimates, where the file leaves sizes open. Raises VerificationFailed where a region's
+    convolution is not its nodes: then nothing was changed in this round.
+    """
+    found: list[SqueezedRegion] = []
+    kept: list[Kept] = []
+    for _ in range(ROUNDS):
+        known = Known(model)
+        sizes = Known(model, feeds) if feeds else known
+        readings = Readings.read(model.graph, known)
+        regions, kept = choose(model.graph, known, sizes, readings, force=force)
+        if not regions:
+            break
+        checks = {}
+        for region in each(progress, "proving regions", regions):
+            checks[region] = check = region_check(known, region, region.output.name or "", seed)
+            if not check.passed:
+                raise VerificationFailed(
+                    f"region {check.subject} ({region.reading.expression}) is not its convolution: "
+                    f"{check.failure or f'error {check.error:.3g}, budget {check.budget:.3g}'}",
+                    hint="please report this with the ONNX file; nothing was written",
+                )
+        before = {region: _roots(region) for region in regions}
+        placed = rewrite(model, known, regions)
+        found += [_reported(region, placed[region], checks[region], before[region]) for region in reversed(regions)]
+    ours = {item.placed.name for item in found}
+    return Squeezed(tuple(found), tuple(item for item in kept if item.node.name not in ours))
+
+
+def _roots(region: Region) -> dict[str, int]:
+    """The stored tensors of a region, by name, and how many numbers each has."""
+    roots = {root.name or "": root for node in region.vanishing for root in initializers_below(node)}
+    return {name: numbers_in(root) for name, root in roots.items()}
+
+
+def _reported(region: Region, placed: Placed, check: Check, roots: Mapping[str, int]) -> SqueezedRegion:
+    conv = region.conv
+    weight = tuple(conv.weight.shape)
+    report = BlockReport(
+        name=placed.name,
+        family=GRAPH,
+        formula=repr(region.reading.expression),
+        kernel=weight,
+        groups=conv.groups,
+        parameters_before=sum(roots.values()),
+        parameters_after=sum(tensor.numel() for tensor in placed.stored.values()),
+        source_keys=tuple(roots),
+        deploy_keys=tuple(placed.stored),
+        residual=check.error,
+    )
+    return SqueezedRegion(region, placed, replace(check, subject=placed.name), report)
