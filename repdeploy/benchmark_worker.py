@@ -70,9 +70,11 @@ def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[
         ]
 
     def onnx_of(name: str, network: Network) -> Path:
+        from repdeploy.exporters.folding import folded
         from repdeploy.exporters.onnx_file import write_onnx
 
-        write_onnx(network, scratch / f"{name}.onnx", image, batch=None, provenance={})
+        change = folded if name == "deploy" else None  # as export writes it
+        write_onnx(network, scratch / f"{name}.onnx", image, batch=None, provenance={}, change=change)
         return scratch / f"{name}.onnx"
 
     def training(static: bool = False) -> Network:

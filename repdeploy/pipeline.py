@@ -181,10 +181,12 @@ def export(
     input_shape: Shape | None = None,
     output: PathLike | None = None,
     dynamic: Literal["batch", "none"] = "batch",
+    fold: bool = True,
     progress: Progress = silent,
 ) -> Export:
     """Write the artifacts of a bundle, ONNX by default, and prove each against the float64 reference.
 
+    `fold`: squeeze what the blocks leave (norms, scales) where that is exact.
     Without TensorRT or a GPU `trt` writes the ONNX and a build script, and the answer says what is missing.
     Raises UsageError, InputError, VerificationFailed, BackendFailed.
     """
@@ -199,7 +201,11 @@ def export(
     if opened.manifest.graph is None:
         require_network(opened)
     command = _command(
-        "export", trt=trt or None, input_shape=_joined(input_shape), dynamic=None if dynamic == "batch" else dynamic
+        "export",
+        trt=trt or None,
+        input_shape=_joined(input_shape),
+        dynamic=None if dynamic == "batch" else dynamic,
+        no_fold=None if fold else True,
     )
     return stage.export(
         opened,
@@ -208,6 +214,7 @@ def export(
         trt=trt,
         output=Path(output) if output is not None else None,
         dynamic=dynamic,
+        fold=fold,
         command=command,
         progress=progress,
     )

@@ -117,7 +117,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """A file of a bundle, how it was made and what was proved about it. `input_shape` (batch, channels, height, width)."""
+    """A file of a bundle, how it was made and what was proved about it. `input_shape` (batch, channels, height, width);
+    `folded`: whether its graph was squeezed beyond the blocks."""
 
     file: str
     kind: str
@@ -130,6 +131,7 @@ class Artifact:
     opset: int | None = None
     dynamic: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
+    folded: bool = True
 
 
 @dataclass(frozen=True, slots=True)

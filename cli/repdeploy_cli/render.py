@@ -394,6 +394,7 @@ def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
     letters = dict(zip(long, ascii_uppercase, strict=False))
     head = "" if all(block.formula in letters for block in shown) else "branches~"
     table = _table("block", head, "fused", ">parameters", *((">error",) if proved else ()))
+    table.columns[1].min_width = len(head.rstrip("~")) or None
     for index, block in enumerate(shown):
         if len(shown) < len(blocks) and index == len(shown) - 1:
             table.add_row(f"... {len(blocks) - len(shown)} more")

@@ -15,6 +15,7 @@ from repdeploy.bundle import REFERENCES, Bundle, replacing, save_references
 from repdeploy.digest import digest
 from repdeploy.errors import InputError, UsageError, VerificationFailed
 from repdeploy.exporters import onnx_file, tensorrt_engine
+from repdeploy.exporters.folding import folded, norms_in
 from repdeploy.family import Family
 from repdeploy.progress import Progress
 from repdeploy.rebuild import check_image, deploy_network
@@ -34,10 +35,11 @@ def export(
     trt: bool,
     output: Path | None,
     dynamic: str,
+    fold: bool,
     command: str,
     progress: Progress,
 ) -> Export:
-    """Write ONNX (and for `trt` the engine, or all that its target machine needs).
+    """Write ONNX (and for `trt` the engine, or all that its target machine needs). `fold`: squeeze the graph as well.
 
     Raises UsageError where `output` would replace something that is no export of ours.
     """
@@ -51,19 +53,19 @@ def export(
         _may_write(output)
     with bundle.locked():
         progress("exporting ONNX", 0, 3)
-        current = _current(bundle, name, shape, dynamic) if output is None else None
-        onnx = current
-        if onnx is None:
+        current = _current(bundle, name, shape, dynamic, fold) if output is None else None
+        written = current
+        if written is None:
             inputs, outputs = _references(bundle, families, image, progress)
             network = deploy_network(bundle, families, image)
-            onnx = _write_onnx(bundle, network, path, image, shape, dynamic, command, inputs, outputs, progress)
+            written = _write_onnx(bundle, network, path, image, shape, dynamic, fold, command, inputs, outputs, progress)
             if output is None:
-                bundle.write_manifest(bundle.manifest.with_artifact(onnx))
+                bundle.write_manifest(bundle.manifest.with_artifact(written))
         reused = (name,) if current is not None else ()
         progress("exporting ONNX", 3, 3)
         if not trt:
-            return Export(path.parent, (onnx,), reused, norms=bundle.manifest.norms)
-        return _tensorrt(bundle, onnx, path, {onnx_file.INPUT: image}, command, reused)
+            return Export(path.parent, (written,), reused, norms=_norms_left(bundle, path))
+        return _tensorrt(bundle, written, path, {onnx_file.INPUT: image}, command, reused)
 
 
 def _of_graph(
@@ -120,6 +122,7 @@ def _write_onnx(
     image: tuple[int, int, int],
     shape: tuple[int, ...],
     dynamic: str,
+    fold: bool,
     command: str,
     inputs: np.ndarray,
     outputs: np.ndarray,
@@ -133,7 +136,8 @@ def _write_onnx(
     }  # fmt: skip
     with replacing(path) as temporary:
         batch = None if dynamic == "batch" else shape[0]
-        opset = onnx_file.write_onnx(network, temporary, image, batch=batch, provenance=provenance)
+        change = folded if fold else None
+        opset = onnx_file.write_onnx(network, temporary, image, batch=batch, provenance=provenance, change=change)
         progress("verifying ONNX", 2, 3)
         checks = onnx_checks(temporary, PRECISION, inputs, outputs, dynamic=batch is None)
         checks = [replace(check, subject=check.subject.replace(temporary.name, path.name)) for check in checks]
@@ -147,7 +151,7 @@ def _write_onnx(
     return Artifact(
         file=path.name, kind="onnx", precision=PRECISION, sha256=digest(path), bytes=path.stat().st_size,
         made_from=manifest.weights_sha256, command=command, input_shape=shape, opset=opset,
-        dynamic=("batch",) if dynamic == "batch" else (), checks=tuple(checks),
+        dynamic=("batch",) if dynamic == "batch" else (), checks=tuple(checks), folded=fold,
     )  # fmt: skip
 
 
@@ -166,11 +170,19 @@ def _references(
     return known[image]
 
 
-def _current(bundle: Bundle, name: str, shape: tuple[int, ...], dynamic: str) -> Artifact | None:
+def _norms_left(bundle: Bundle, path: Path) -> tuple[tuple[str, str], ...]:
+    """The batch norms that the written graph still has, and why the network has them."""
+    left = norms_in(path)
+    return tuple((name, reason) for name, reason in bundle.manifest.norms if name in left)
+
+
+def _current(bundle: Bundle, name: str, shape: tuple[int, ...], dynamic: str, fold: bool) -> Artifact | None:
     """The artifact of that name, where it was made from these weights for this shape and is unchanged since."""
     artifact, path = bundle.manifest.artifact(name), bundle.path / name
     wanted = ("batch",) if dynamic == "batch" else ()
-    if artifact is None or artifact.made_from != bundle.manifest.weights_sha256 or artifact.dynamic != wanted:
+    if artifact is None or artifact.made_from != bundle.manifest.weights_sha256:
+        return None
+    if artifact.dynamic != wanted or artifact.folded != fold:
         return None
     same_shape = artifact.input_shape[1:] == shape[1:] if wanted else artifact.input_shape == shape
     return artifact if same_shape and path.is_file() and digest(path) == artifact.sha256 else None
@@ -186,11 +198,13 @@ def _tensorrt(
     notes = (f"{tensorrt_engine.SCRIPT} builds, runs and checks the engine on the target machine", f"or: {line}")
     absent = tensorrt_engine.missing()
     if absent is not None:
-        return Export(bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes, norms=bundle.manifest.norms)
+        return Export(
+            bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes, norms=_norms_left(bundle, path)
+        )
     plan = tensorrt_engine.build_engine(bundle.path)
     engine = Artifact(
         file=plan.name, kind="tensorrt", precision=onnx.precision, sha256=digest(plan), bytes=plan.stat().st_size,
         made_from=bundle.manifest.weights_sha256, command=command, input_shape=onnx.input_shape, dynamic=onnx.dynamic,
     )  # fmt: skip
     bundle.write_manifest(bundle.manifest.with_artifact(engine))
-    return Export(bundle.path, (onnx, engine), reused, notes=notes, norms=bundle.manifest.norms)
+    return Export(bundle.path, (onnx, engine), reused, notes=notes, norms=_norms_left(bundle, path))

@@ -238,6 +238,13 @@ def _layer_norm(_: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, bias: T
     return F.layer_norm(x, x.shape[axis:], scale, bias, number(node, "epsilon", 1e-5))
 
 
+def _group_norm(self: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, bias: Tensor) -> Any:
+    groups = int(number(node, "num_groups", 1))
+    per_channel = x.shape[1] // len(scale)  # opset 18 has one factor per group
+    scale, bias = scale.repeat_interleave(per_channel), bias.repeat_interleave(per_channel)
+    return F.group_norm(x, groups, scale, bias, number(node, "epsilon", 1e-5))
+
+
 def _plain(of: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, node, *inputs: of(*inputs)
 
@@ -276,6 +283,8 @@ _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Exp": _plain(torch.exp),
     "Erf": _plain(torch.erf),
     "Relu": _plain(torch.relu),
+    "Gelu": lambda _, node, x: F.gelu(x, approximate=text(node, "approximate", "none")),
+    "GroupNormalization": _group_norm,
     "Sigmoid": _plain(torch.sigmoid),
     "Tanh": _plain(torch.tanh),
     "HardSigmoid": lambda _, node, x: (number(node, "alpha", 0.2) * x + number(node, "beta", 0.5)).clamp(0, 1),

@@ -17,6 +17,9 @@ def export(
         Path | None, typer.Option("--output", "-o", help="Write the ONNX here instead of into the bundle.", show_default=False)
     ] = None,
     dynamic: Annotated[Literal["batch", "none"], typer.Option(help="Which dimensions stay open.")] = "batch",
+    fold: Annotated[
+        bool, typer.Option("--fold/--no-fold", help="Squeeze norms and scales that the blocks leave, where that is exact.")
+    ] = True,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -28,5 +31,7 @@ def export(
     with progress() as report:
         from repdeploy import pipeline
 
-        result = pipeline.export(taken, trt=trt, input_shape=input_shape, output=output, dynamic=dynamic, progress=report)
+        result = pipeline.export(
+            taken, trt=trt, input_shape=input_shape, output=output, dynamic=dynamic, fold=fold, progress=report
+        )
     return show_export(result)

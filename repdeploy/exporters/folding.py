@@ -1,0 +1,30 @@
+"""The squeezer as the optimising pass of an export: norms and scales that no block takes in fold where that is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from repdeploy.graph.squeezer import squeeze
+
+FIRST_BATCH = 1
+"""For the estimates only, where the batch is open."""
+
+
+def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network, squeezed. Raises VerificationFailed where a region is not its convolution."""
+    graph = ir.from_proto(model)
+    feeds = {
+        value.name or "": tuple(size if isinstance(size, int) else FIRST_BATCH for size in value.shape or ())
+        for value in graph.graph.inputs
+    }
+    squeeze(graph, feeds)
+    return ir.to_proto(graph)
+
+
+def norms_in(path: Path) -> tuple[str, ...]:
+    """The batch norms of a written graph, by node."""
+    model = onnx.load(path, load_external_data=False)
+    return tuple(node.name for node in model.graph.node if node.op_type == "BatchNormalization")
