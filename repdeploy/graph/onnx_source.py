@@ -71,7 +71,8 @@ def read_onnx(path: Path) -> OnnxSource:
             hint="convert it with onnx.version_converter, or export it again",
         )
     try:
-        onnx.checker.check_model(str(path))
+        shaped = _with_output_shapes(proto)
+        onnx.checker.check_model(str(path) if shaped is None else shaped)
         model = ir.load(path)
     except Exception as reason:  # the checker's and the reader's errors have no base of their own
         raise InputError(
@@ -79,6 +80,9 @@ def read_onnx(path: Path) -> OnnxSource:
             hint="the exporter is to blame: onnx.checker.check_model says the same",
         ) from reason
     notes = []
+    if shaped is not None:
+        for value, item in zip(model.graph.outputs, shaped.graph.output, strict=True):
+            value.shape, value.type = ir.serde.deserialize_type_proto_for_shape(item.type), value.type
     if model.functions:
         InlinePass()(model)
         notes.append("functions of the model were inlined")
@@ -103,6 +107,14 @@ def write_model(model: ir.Model, path: Path) -> None:
         raise BackendFailed(f"the squeezed model is not valid ONNX: {' '.join(str(reason).split())[:300]}") from reason
     with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _with_output_shapes(proto: onnx.ModelProto) -> onnx.ModelProto | None:
+    """The same graph with its outputs' shapes, which runtimes do without and the specification wants; None if it has them."""
+    if all(item.type.tensor_type.HasField("shape") for item in proto.graph.output):
+        return None
+    found: onnx.ModelProto = onnx.shape_inference.infer_shapes(proto)
+    return found
 
 
 def _external(path: Path, proto: onnx.ModelProto) -> tuple[str, ...]:
