@@ -9,18 +9,11 @@ import onnx_ir as ir
 
 from repdeploy.graph.squeezer import squeeze
 
-FIRST_BATCH = 1
-"""For the estimates only, where the batch is open."""
-
 
 def folded(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same network, squeezed. Raises VerificationFailed where a region is not its convolution."""
     graph = ir.from_proto(model)
-    feeds = {
-        value.name or "": tuple(size if isinstance(size, int) else FIRST_BATCH for size in value.shape or ())
-        for value in graph.graph.inputs
-    }
-    squeeze(graph, feeds)
+    squeeze(graph)
     return ir.to_proto(graph)
 
 

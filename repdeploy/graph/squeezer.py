@@ -14,6 +14,7 @@ from repdeploy.graph.readings import Readings
 from repdeploy.graph.region_proof import region_check
 from repdeploy.graph.regions import Kept, Region, choose
 from repdeploy.graph.rewrite import Placed, initializers_below, numbers_in, rewrite
+from repdeploy.graph.sample_inputs import plans
 from repdeploy.progress import Progress, each, silent
 from repdeploy.records import BlockReport, Check
 
@@ -56,14 +57,16 @@ def squeeze(
 ) -> Squeezed:
     """Squeeze every linear region of a model that pays, in place.
 
-    `feeds`: input shapes for the estimates, where the file leaves sizes open. Raises VerificationFailed where a region's
-    convolution is not its nodes: then nothing was changed in this round.
+    `feeds`: input shapes for the estimates, where the file leaves sizes open; usual ones when left out. Raises
+    VerificationFailed where a region's convolution is not its nodes: then nothing was changed in this round.
     """
+    shapes = feeds if feeds is not None else plans(model.graph, None)[0].shapes
     found: list[SqueezedRegion] = []
     kept: list[Kept] = []
     for _ in range(ROUNDS):
         known = Known(model)
-        sizes = Known(model, feeds) if feeds else known
+        is_fixed = all(known.sizes(value) == shapes.get(value.name or "") for value in model.graph.inputs)
+        sizes = known if is_fixed else Known(model, shapes)
         readings = Readings.read(model.graph, known)
         regions, kept = choose(model.graph, known, sizes, readings, force=force)
         if not regions:
