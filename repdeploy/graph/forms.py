@@ -16,10 +16,13 @@ from torch import Tensor
 from repdeploy.algebra import AveragePool, Conv, Identity, Linear, Norm, Pad, Scale, Shift
 from repdeploy.errors import CannotSqueeze
 from repdeploy.graph.attributes import Window, axes_of, ints, number, text
-from repdeploy.graph.known import Known
+from repdeploy.graph.known import QUANTIZED, Known
 
 Layout = Literal["first", "last"]
 """Where the channels are: (batch, channels, spatial ...) or (batch, ..., channels)."""
+CONVOLVED = (ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+BFLOAT16_SINCE = 22
+"""The opset since which a Conv takes bfloat16."""
 OPEN_END = 1 << 30
 """A Slice that ends here or later ends with the image, however large that is."""
 
@@ -68,9 +71,12 @@ class Forms:
         if node.domain not in ("", "ai.onnx") or all(value in self.known.constants for value in node.outputs):
             return ()
         operator = OPERATORS.get(node.op_type)
-        if operator is None:
+        dtype = self.known.dtype(node.outputs[0])
+        if operator is None or (dtype is not None and not dtype.is_floating_point()):
             return ()
         try:
+            if dtype is None or dtype not in CONVOLVED or (dtype == ir.DataType.BFLOAT16 and self.known.opset < BFLOAT16_SINCE):
+                raise CannotSqueeze(f"opset {self.known.opset} has no convolution of its type ({dtype or 'unknown'})")
             self.of[node] = found = tuple(operator(self.known, node))
         except CannotSqueeze as reason:
             self.refused[node] = str(reason)
@@ -120,7 +126,9 @@ def _constant(known: Known, node: ir.Node, index: int, what: str) -> Tensor | No
     if value is None:
         return None
     if value not in known.constants:
-        raise CannotSqueeze(f"its {what} is computed from the network's input")
+        producer = value.producer()
+        is_quantized = producer is not None and producer.op_type in QUANTIZED
+        raise CannotSqueeze(f"its {what} is " + ("quantized" if is_quantized else "computed from the network's input"))
     return known.constants[value]
 
 
@@ -263,11 +271,13 @@ def _crop(start: int, end: int, step: int, size: int | None) -> tuple[int, int, 
     if step < 1:
         raise CannotSqueeze("it reverses the image")
     if size is None:
-        if start < 0 or 0 < end < OPEN_END:
+        if start < 0 or 0 <= end < OPEN_END:
             raise CannotSqueeze("where it cuts depends on the size of the image, which is open")
         return start, 0 if end >= OPEN_END else -end, False
     first = min(max(start + size if start < 0 else start, 0), size)
     last = min(max(end + size if end < 0 else end, 0), size)
+    if last <= first:
+        raise CannotSqueeze("it leaves nothing of the image")
     return first, size - last, start < 0 or 0 < end < OPEN_END
 
 
@@ -383,10 +393,8 @@ def _flatten(known: Known, node: ir.Node) -> Iterator[Form]:
     before, after = known.shape(x), known.shape(node.outputs[0])
     if before is None or after is None or len(before) < 3 or len(after) != 2:
         return
-    if any(size != 1 for size in before[2:]) or not isinstance(before[1], int) or before[1] != after[1]:
-        return
-    if before[0] == after[0] or isinstance(after[1], int):  # what is left for the batch is the batch
-        yield Through(x, "flatten", node)
+    if all(size == 1 for size in before[2:]) and isinstance(before[1], int) and before[1] == after[1]:
+        yield Through(x, "flatten", node)  # what is left for the first axis is the batch
 
 
 def _transpose(known: Known, node: ir.Node) -> Iterator[Form]:
@@ -402,6 +410,8 @@ TRANSPOSED: Mapping[tuple[int, ...], tuple[Layout, ...]] = {
 }
 """Permutations that move the channels from one end to the other, and the layouts they do it for."""
 
+PASSED = frozenset({"GlobalAveragePool", "ReduceMean", "Flatten", "Reshape", "Squeeze", "Transpose", "Identity", "Dropout"})
+"""Operators that have no linear map of their own to be squeezed: that they stay needs no reason."""
 OPERATORS: Mapping[str, Callable[[Known, ir.Node], Iterator[Form]]] = {
     "Conv": _conv,
     "BatchNormalization": _norm,

@@ -43,7 +43,10 @@ class Interpreter:
             raise CannotInterpret("strings are not computed with")
         if array.dtype.kind == "V" or array.dtype.name.startswith(("bfloat", "float")):
             return torch.from_numpy(np.array(array, np.float64)).to(self.dtype)
-        return torch.from_numpy(np.array(array))
+        try:
+            return torch.from_numpy(np.array(array))
+        except TypeError as reason:
+            raise CannotInterpret(f"torch has no type for {array.dtype}") from reason
 
     def run(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> Values:
         """The outputs of a node. Raises CannotInterpret."""
@@ -245,6 +248,20 @@ def _group_norm(self: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, bias
     return F.group_norm(x, groups, scale, bias, number(node, "epsilon", 1e-5))
 
 
+def _split_to_sequence(_: Interpreter, node: ir.Node, x: Tensor, split: Tensor | None = None) -> Any:
+    """A sequence is a list of tensors here."""
+    axis = int(number(node, "axis", 0))
+    if split is not None:
+        return (list(torch.split(x, split.tolist(), axis)),)
+    parts = torch.split(x, 1, axis)
+    return (list(parts) if number(node, "keepdims", 1) else [part.squeeze(axis) for part in parts],)
+
+
+def _concat_from_sequence(_: Interpreter, node: ir.Node, sequence: list[Tensor]) -> Tensor:
+    axis = int(number(node, "axis", 0))
+    return torch.stack(sequence, axis) if number(node, "new_axis", 0) else torch.cat(sequence, axis)
+
+
 def _plain(of: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, node, *inputs: of(*inputs)
 
@@ -297,4 +314,8 @@ _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Flatten": lambda _, node, x: x.reshape(math.prod(x.shape[: int(number(node, "axis", 1))]), -1),
     "Concat": lambda _, node, *xs: torch.cat(xs, int(number(node, "axis", 0))),
     "Where": _plain(torch.where),
+    "SplitToSequence": _split_to_sequence,
+    "SequenceAt": _plain(lambda sequence, index: sequence[int(index)]),
+    "SequenceConstruct": _plain(lambda *parts: (list(parts),)),
+    "ConcatFromSequence": _concat_from_sequence,
 }

@@ -6,6 +6,7 @@ together, node by node. Source: onnx.shape_inference.infer_node_outputs; ONNX IR
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 
@@ -16,12 +17,16 @@ import torch
 from onnx.shape_inference import infer_node_outputs
 from torch import Tensor
 
+from repdeploy.graph.attributes import number
 from repdeploy.graph.interpreter import CannotInterpret, Interpreter
+from repdeploy.graph.open_sizes import OpenSizes, Vector, expanded, reshaped
 
-Size = int | str | None
-"""A fixed size, the name of an open one, or None where nothing is known."""
 FOLDED_AT_MOST = 1 << 26
 """Elements of a constant that is computed here: what a graph expands beyond this stays as it is."""
+QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+"""What these make of constants is not folded: it is what makes a graph a quantized one."""
+LIKE_THEIR_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
+"""Operators that are defined by others alone, so that onnx infers no shape for them."""
 SHAPE_DATA_AT_MOST = 256
 """Elements of a constant that shape inference is shown: shapes, axes, sizes."""
 
@@ -30,11 +35,14 @@ class Known:
     """Constants and shapes of one graph's values. Outer values that a subgraph reads are none of its business."""
 
     def __init__(self, model: ir.Model, feeds: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        """`feeds`: input shapes to assume in place of what the file leaves open."""
+        """`feeds`: input shapes to assume in place of what the file leaves open; then weights are looked at for their shapes
+        only."""
+        self._only_shapes = feeds is not None
         self.opset = model.opset_imports.get("", 1)
         self.interpreter = Interpreter(self.opset)
         self.constants: dict[ir.Value, Tensor] = {}
         self._types: dict[str, onnx.TypeProto] = {}
+        self._open = OpenSizes(self._integers)
         self._imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         for value in model.graph.initializers.values():
             self._store(value)
@@ -44,7 +52,7 @@ class Known:
         for node in model.graph:
             self._node(node)
 
-    def shape(self, value: ir.Value) -> tuple[Size, ...] | None:
+    def shape(self, value: ir.Value) -> Vector | None:
         """Per axis its size, its name, or None; None for an unknown rank."""
         constant = self.constants.get(value)
         if constant is not None:
@@ -75,13 +83,12 @@ class Known:
     def _store(self, value: ir.Value) -> None:
         if value.const_value is None:
             return
-        try:
-            self.constants[value] = self.interpreter.tensor(value.const_value.numpy())
-        except CannotInterpret:
+        stored = value.const_value
+        self._types[value.name or ""] = onnx.helper.make_tensor_type_proto(int(stored.dtype), tuple(stored.shape.numpy()))
+        if self._only_shapes and stored.size > SHAPE_DATA_AT_MOST:
             return
-        self._types[value.name or ""] = onnx.helper.make_tensor_type_proto(
-            int(value.const_value.dtype), tuple(self.constants[value].shape)
-        )
+        with contextlib.suppress(CannotInterpret):
+            self.constants[value] = self.interpreter.tensor(stored.numpy())
 
     def _declare(self, value: ir.Value, shape: tuple[int, ...] | None) -> None:
         proto = ir.serde.serialize_value(value).type
@@ -94,11 +101,18 @@ class Known:
             self._constant(node)
             return
         self._infer(node)
+        self._open.follow(node)
+        if node.op_type in ("Reshape", "Expand") and node.domain == "":
+            self._reshape(node)
         if node.op_type == "Shape" and node.inputs[0] is not None:
             self._shape_of(node)
         elif node.op_type == "CastLike" and node.inputs[0] in self.constants:
             self._cast_like(node)
-        elif all(value is None or value in self.constants for value in node.inputs) and (node.inputs or _is_literal(node)):
+        elif (
+            node.inputs
+            and node.op_type not in QUANTIZED
+            and all(value is None or value in self.constants for value in node.inputs)
+        ):
             self._fold(node)
 
     def _constant(self, node: ir.Node) -> None:
@@ -117,14 +131,34 @@ class Known:
     def _shape_of(self, node: ir.Node) -> None:
         source = node.inputs[0]
         assert source is not None
-        found = self.sizes(source)
+        found = self.shape(source)
         if found is None:
             return
         start = int(node.attributes["start"].value) if "start" in node.attributes else 0
         end = int(node.attributes["end"].value) if "end" in node.attributes else len(found)
         wanted = found[start:end]
-        if None not in wanted:
+        if all(isinstance(size, int) for size in wanted):
             self.constants[node.outputs[0]] = torch.tensor(wanted, dtype=torch.int64)
+        else:
+            self._open.shape_of(node.outputs[0], wanted)
+
+    def _reshape(self, node: ir.Node) -> None:
+        """A Reshape or an Expand whose target has open sizes, or leaves some over."""
+        before, target = node.inputs[0], self._open.of(node.inputs[1])
+        shape = self.shape(before) if before is not None else None
+        dtype = self.dtype(before) if before is not None else None
+        if target is not None and 0 in target and number(node, "allowzero", 0):
+            return  # an empty tensor
+        if shape is not None and target is not None and dtype is not None:
+            after = reshaped(shape, target) if node.op_type == "Reshape" else expanded(shape, target)
+            self._types[node.outputs[0].name or ""] = onnx.helper.make_tensor_type_proto(int(dtype), after)
+
+    def _integers(self, value: ir.Value) -> list[int] | None:
+        """A small constant of whole numbers, flat."""
+        constant = self.constants.get(value)
+        if constant is None or constant.is_floating_point() or constant.dim() > 1 or constant.numel() > SHAPE_DATA_AT_MOST:
+            return None
+        return [int(item) for item in constant.flatten().tolist()]
 
     def _cast_like(self, node: ir.Node) -> None:
         """Of its second input only the type matters, and every floating type is one here."""
@@ -165,6 +199,9 @@ class Known:
         except Exception:  # the bindings raise their own kinds, without a common base; nothing is known then
             self._from_file(node.outputs)
             return
+        if node.op_type in LIKE_THEIR_INPUT and node.inputs[0] is not None:
+            self._types[node.outputs[0].name or ""] = self._types[node.inputs[0].name or ""]
+            return
         for value in node.outputs:
             inferred = found.get(value.name or "")
             if inferred is not None and inferred.tensor_type.HasField("shape"):
@@ -185,10 +222,6 @@ class Known:
                 self._types[value.name or ""] = ir.serde.serialize_value(value).type
             elif inferred is not None:
                 self._types[value.name or ""] = inferred
-
-
-def _is_literal(node: ir.Node) -> bool:
-    return node.op_type == "ConstantOfShape"
 
 
 def _has_graph(node: ir.Node) -> bool:

@@ -79,6 +79,8 @@ def read_onnx(path: Path) -> OnnxSource:
             f"{path.name} is not valid ONNX: {' '.join(str(reason).split())[:300]}",
             hint="the exporter is to blame: onnx.checker.check_model says the same",
         ) from reason
+    if "" not in model.opset_imports:
+        model.opset_imports[""] = opset  # it goes by its long name in the file
     notes = []
     if shaped is not None:
         for value, item in zip(model.graph.outputs, shaped.graph.output, strict=True):

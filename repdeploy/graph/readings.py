@@ -5,6 +5,7 @@ A reading grows node by node, in the order of the graph. Weights are looked at o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -64,8 +65,13 @@ class Readings:
         for node in graph:
             patched = borders.read(node)
             forms: tuple[Form, ...] = (patched,) if patched is not None else found.forms.read(node)
-            if forms:
-                found.of[node.outputs[0]] = dict(list(found._of_node(node, forms))[:SOURCES])
+            table: dict[Source, Reading] = {}
+            try:
+                table.update(itertools.islice(found._of_node(node, forms), SOURCES))
+            except CannotSqueeze as reason:
+                found._refuse(node, str(reason))
+            if table:
+                found.of[node.outputs[0]] = table
         return found
 
     def _of_node(self, node: ir.Node, forms: tuple[Form, ...]) -> Iterator[tuple[Source, Reading]]:

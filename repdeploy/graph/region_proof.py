@@ -65,15 +65,15 @@ def _applied(interpreter: Interpreter, known: Known, node: object, x: Tensor) ->
 
 def _shape(known: Known, region: Region) -> tuple[int, ...]:
     """The smallest that shows border and interior; the graph's own size where the region holds at that only."""
-    reading = region.reading
-    sizes = known.sizes(reading.source.base) or ()
-    if reading.source.layout == "last":
-        return (*(min(size or OTHER_SIZE, OTHER_SIZE) for size in sizes[:-1]), reading.geometry.in_channels)
-    batch, channels = sizes[0] or 1, sizes[1] or reading.geometry.in_channels
-    rests_on_size = reading.bound or (
-        any(item.kind == "flatten" for item in reading.source.through)
-        and not any(item.kind == "pool" for item in reading.source.through)
-    )
-    if rests_on_size:
-        return (batch, channels, *(size or OTHER_SIZE for size in sizes[2:]))
-    return (batch, channels, *gates.border_and_interior(region.conv.geometry)[: len(sizes) - 2])
+    source, geometry = region.reading.source, region.conv.geometry
+    sizes = known.sizes(source.base) or ()
+    kinds = [item.kind for item in source.through]
+    turned = kinds.count("transpose") % 2 == 1
+    channels_last = (source.layout == "last") != turned
+    rests_on_size = region.reading.bound or ("flatten" in kinds and "pool" not in kinds)
+    if channels_last:
+        return (*(size or OTHER_SIZE for size in sizes[:-1]), geometry.in_channels)
+    batch, image = sizes[0] or 1, sizes[2:]
+    if rests_on_size or turned or source.layout == "last":
+        return (batch, geometry.in_channels, *(size or OTHER_SIZE for size in image))
+    return (batch, geometry.in_channels, *gates.border_and_interior(geometry)[: len(image)])

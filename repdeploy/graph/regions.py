@@ -15,7 +15,7 @@ from repdeploy.algebra import FILL_TOLERANCE, Conv, Geometry
 from repdeploy.errors import CannotSqueeze
 from repdeploy.graph import costs
 from repdeploy.graph.costs import Cost
-from repdeploy.graph.forms import OPERATORS, Layout, Through
+from repdeploy.graph.forms import OPERATORS, PASSED, Layout
 from repdeploy.graph.known import Known
 from repdeploy.graph.readings import Reading, Readings, Source
 
@@ -213,8 +213,7 @@ def _note(state: _Choice, node: ir.Node, kept: Kept) -> None:
 def _kept(state: _Choice, nodes: list[ir.Node], readings: Readings) -> Iterable[Kept]:
     """One reason per linear operator that stays: the one nearest to having been squeezed."""
     for node in nodes:
-        forms = readings.forms.of.get(node, ())
-        if node in state.dead or node.op_type not in OPERATORS or any(isinstance(form, Through) for form in forms):
+        if node in state.dead or node.op_type not in OPERATORS or node.op_type in PASSED:
             continue
         noted = state.reasons.get(node, [])
         growing = next((kept for kept in noted if kept.estimate is not None), None)

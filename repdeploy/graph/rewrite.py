@@ -21,6 +21,8 @@ WEIGHT, BIAS = ".weight", ".bias"
 END = int(np.iinfo(np.int64).max)
 SLICE_TAKES_INPUTS, GEMM_NEEDS_NO_BIAS = 10, 11
 """The opsets since which it is so."""
+SMALL = 1 << 12
+"""Numbers of a computed constant that is stored whatever it was computed from."""
 SHARED = 0.85
 """Of a region's layers: how many have to lie in a module for the region to have its name. Some may be shared with others."""
 
@@ -227,6 +229,8 @@ def _fold(graph: ir.Graph, known: Known, names: _Names) -> None:
             producer = value.producer() if value is not None else None
             if value is None or producer is None or producer.op_type == "Constant" or value not in known.constants:
                 continue
+            if known.constants[value].numel() > max(SMALL, sum(numbers_in(root) for root in initializers_below(producer))):
+                continue  # what a graph expands would be stored expanded
             if value not in stored:
                 dtype = known.dtype(value) or ir.DataType.from_numpy(known.constants[value].numpy().dtype)
                 stored[value] = _stored(graph, names.unused(f"{value.name}.constant"), known.constants[value].numpy(), dtype)

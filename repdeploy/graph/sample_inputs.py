@@ -24,12 +24,16 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class InputPlan:
-    """Name, type and shape of every input; `open_batch`: whether the first axis of the first input is open."""
+    """Name, type and shape of every input; `batched`: the inputs whose first axis is the open batch of the image."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, ir.DataType]
-    open_batch: bool
+    batched: tuple[str, ...]
     open_image: bool
+
+    @property
+    def open_batch(self) -> bool:
+        return bool(self.batched)
 
     @property
     def image(self) -> str:
@@ -52,7 +56,8 @@ class InputPlan:
 
     def with_batch(self, batch: int) -> InputPlan:
         """The same with another size of an open batch."""
-        return replace(self, shapes={name: (batch, *shape[1:]) for name, shape in self.shapes.items()})
+        shapes = {name: (batch, *shape[1:]) if name in self.batched else shape for name, shape in self.shapes.items()}
+        return replace(self, shapes=shapes)
 
 
 def of_batch(graph: ir.Graph, shape: tuple[int, ...]) -> Arrays:
@@ -106,18 +111,19 @@ def _key(value: ir.Value, axis: int) -> str:
 
 
 def _plan(inputs: list[ir.Value], image: ir.Value, stated: Mapping[str, int], side: tuple[int, int]) -> InputPlan:
-    sizes, shapes, open_image, open_batch = dict(stated), {}, False, False
+    sizes, shapes, keys, open_image = dict(stated), {}, {}, False
     for value in inputs:
         shape = []
         for axis, size in enumerate(value.shape or ()):
             if isinstance(size, int):
                 shape.append(size)
                 continue
-            key = _key(value, axis)
+            key = keys[value.name or "", axis] = _key(value, axis)
             is_side = len(value.shape or ()) == IMAGE_RANK and axis >= 2
-            if value is image:
-                open_batch, open_image = open_batch or axis == 0, open_image or (is_side and key not in stated)
+            open_image = open_image or (value is image and is_side and key not in stated)
             shape.append(sizes.setdefault(key, BATCH if axis == 0 else side[axis - 2] if is_side else OTHER))
         shapes[value.name or ""] = tuple(shape)
     dtypes = {value.name or "": value.dtype or ir.DataType.FLOAT for value in inputs}
-    return InputPlan(shapes, dtypes, open_batch, open_image)
+    batch = keys.get((image.name or "", 0))
+    batched = tuple(name for (name, axis), key in keys.items() if axis == 0 and key == batch)
+    return InputPlan(shapes, dtypes, batched, open_image)
