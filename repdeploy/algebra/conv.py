@@ -121,12 +121,14 @@ class Conv(Linear):
                     f"parallel branches pad with different values (up to {_largest(term.fill):.6g} and {_largest(fill):.6g})"
                 )
         whole = alignment.geometry
-        fitting = [term for term in terms if term.weight.shape == whole.weight_shape and term.groups == whole.groups]
         # start from a branch that fills the whole kernel, where there is one: the sum is written once less
-        weight = fitting[0].weight.clone() if fitting else self.weight.new_zeros(whole.weight_shape)
+        shape = whole.weight_shape, whole.groups
+        fitting = (index for index, term in enumerate(terms) if (term.weight.shape, term.groups) == shape)
+        start = next(fitting, None)
+        weight = self.weight.new_zeros(whole.weight_shape) if start is None else terms[start].weight.clone()
         bias: Tensor | None = None
-        for term, (rows, columns) in zip(terms, alignment.places, strict=True):
-            if not (fitting and term is fitting[0]):
+        for index, (term, (rows, columns)) in enumerate(zip(terms, alignment.places, strict=True)):
+            if index != start:
                 _group_view(weight[:, :, rows, columns], whole.groups, term.groups).add_(_grouped(term, whole.groups))
             bias = _add(bias, term.bias)
         return _conv(whole, weight, bias, fill)

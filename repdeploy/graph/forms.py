@@ -105,8 +105,11 @@ def channels_of(known: Known, value: ir.Value, layout: Layout) -> int:
 
 
 def layouts_of(known: Known, value: ir.Value) -> tuple[Layout, ...]:
+    """The layouts it may have: where the channels would be, the size is fixed."""
     rank = rank_of(known, value)
-    return ("first", "last") if rank in (3, 4) else ("first",) if rank == 2 else ("last",) if rank > 4 else ()
+    possible: tuple[Layout, ...] = ("first", "last") if rank in (3, 4) else ("first",) if rank == 2 else ("last",)
+    sizes = known.sizes(value) or ()
+    return tuple(layout for layout in possible if rank > 1 and sizes[channel_axis(layout, rank)])
 
 
 def _value(node: ir.Node, index: int) -> ir.Value | None:
@@ -194,7 +197,7 @@ def _average_pool(known: Known, node: ir.Node) -> Iterator[Form]:
     like = _like(channels_of(known, x, "first"))
     kernel, strides, pads = _pair(window.kernel, 1), _pair(window.strides, 1), _sides(window.pads)
     leaf: Linear = AveragePool(like, kernel, strides, pads[:2])
-    if pads[:2] != pads[2:]:
+    if pads[:2] != pads[2:] or any(2 * side > taps for side, taps in zip(pads, kernel, strict=False)):
         leaf = Pad(torch.zeros_like(like), pads) >> AveragePool(like, kernel, strides)
     yield Unary(x, "first", leaf, (node,), bound=_is_automatic(node) or bool(number(node, "ceil_mode", 0)))
 
@@ -298,6 +301,8 @@ def _elementwise(leaf: Callable[[Tensor, bool], Linear], what: str) -> Callable[
 
     def read(known: Known, node: ir.Node) -> Iterator[Form]:
         dynamic = [value for value in node.inputs if value is not None and value not in known.constants]
+        if not dynamic:
+            raise CannotSqueeze("its inputs are constants")
         if len(dynamic) > 1:
             yield from _sum(known, node, what)
             return

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,10 @@ class Interpreter:
         proto.input.extend(names)
         proto.output.extend(f"o{index}" for index in range(len(node.outputs)))
         feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True) if value is not None}
-        outputs = ReferenceEvaluator(proto, opsets={"": self.opset}).run(None, feeds)
+        # inside a graph: the evaluator runs a bare node in the newest opset
+        fed, given = ([onnx.helper.make_value_info(name, onnx.TypeProto()) for name in side] for side in (feeds, proto.output))
+        graph = onnx.helper.make_graph([proto], node.op_type, fed, given)
+        outputs = ReferenceEvaluator(graph, opsets={"": self.opset}).run(None, feeds)
         return tuple(self.tensor(output) for output in outputs)
 
 
@@ -135,9 +139,15 @@ def _batch_norm(_: Interpreter, node: ir.Node, x: Tensor, gamma: Tensor, beta: T
 
 def _average_pool(_: Interpreter, node: ir.Node, x: Tensor) -> Any:
     window = Window.of(node, ints(node, "kernel_shape"), tuple(x.shape[2:]))
-    if window.ceil or any(step > 1 for step in window.dilations):
+    if any(step > 1 for step in window.dilations):
         return NotImplemented
     pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[x.dim() - 2]
+    if window.ceil:  # onnx's reference divides by the wrong counts there
+        rank = x.dim() - 2
+        if window.pads[:rank] != window.pads[rank:]:
+            raise CannotInterpret("an AveragePool rounds up and pads unevenly")
+        counted = bool(number(node, "count_include_pad", 0))
+        return pool(x, window.kernel, window.strides, window.pads[:rank], True, counted)
     mean = pool(F.pad(x, window.torch_pads), window.kernel, window.strides)
     if number(node, "count_include_pad", 0) or not any(window.pads):
         return mean
@@ -202,8 +212,14 @@ def _resize(self: Interpreter, node: ir.Node, x: Tensor, *others: Tensor | None)
     if x.dim() != 4 or target[:2] != tuple(x.shape[:2]):
         return NotImplemented
     mode, spot = text(node, "mode", "nearest"), text(node, "coordinate_transformation_mode", "half_pixel")
+    rounding = text(node, "nearest_mode", "round_prefer_floor")
+    if self.opset < 11:
+        spot, rounding = "asymmetric", "floor"
+    if number(node, "antialias", 0) or text(node, "keep_aspect_ratio_policy", "stretch") != "stretch":
+        return NotImplemented
     grows = all(new % old == 0 for new, old in zip(target[2:], x.shape[2:], strict=True))
-    if mode == "nearest" and grows and (spot == "asymmetric") == (text(node, "nearest_mode", "round_prefer_floor") == "floor"):
+    centred = spot in ("half_pixel", "pytorch_half_pixel") and rounding.startswith("round")
+    if mode == "nearest" and grows and (centred or (spot, rounding) == ("asymmetric", "floor")):
         return F.interpolate(x, size=target[2:], mode="nearest")
     if mode == "linear" and spot in ("half_pixel", "pytorch_half_pixel", "align_corners") and min(target[2:]) > 1:
         return F.interpolate(x, size=target[2:], mode="bilinear", align_corners=spot == "align_corners")
@@ -211,6 +227,8 @@ def _resize(self: Interpreter, node: ir.Node, x: Tensor, *others: Tensor | None)
 
 
 def _clip(_: Interpreter, node: ir.Node, x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    if not x.is_floating_point():
+        return x if low is None and high is None else torch.clamp(x, low, high)
     least = number(node, "min", -math.inf) if low is None else low
     most = number(node, "max", math.inf) if high is None else high
     return torch.minimum(torch.maximum(x, torch.as_tensor(least, dtype=x.dtype)), torch.as_tensor(most, dtype=x.dtype))
@@ -228,10 +246,18 @@ def _reduce(of: Callable[..., Tensor]) -> Callable[..., Any]:
     return reduce
 
 
-def _softmax(self: Interpreter, node: ir.Node, x: Tensor) -> Any:
-    if self.opset < 13:  # flattened to two dimensions there
-        return NotImplemented
-    return torch.softmax(x, int(number(node, "axis", -1)))
+def _softmax(of: Callable[[Tensor, int], Tensor]) -> Callable[..., Any]:
+    def softmax(self: Interpreter, node: ir.Node, x: Tensor) -> Tensor:
+        if self.opset >= 13:
+            return of(x, int(number(node, "axis", -1)))
+        axis = int(number(node, "axis", 1)) % x.dim()
+        return of(x.reshape(math.prod(x.shape[:axis]), -1), 1).view_as(x)  # over all axes from there on, in those opsets
+
+    return softmax
+
+
+def _dropout(_: Interpreter, node: ir.Node, x: Tensor, ratio: Tensor | None = None, mode: Tensor | None = None) -> Any:
+    return NotImplemented if (mode is not None and bool(mode)) or len(node.outputs) > 1 else x
 
 
 def _layer_norm(_: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:
@@ -308,7 +334,9 @@ _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "HardSwish": _plain(lambda x: x * (x / 6 + 0.5).clamp(0, 1)),
     "LeakyRelu": lambda _, node, x: F.leaky_relu(x, number(node, "alpha", 0.01)),
     "PRelu": _plain(lambda x, slope: torch.where(x < 0, x * slope, x)),
-    "Softmax": _softmax,
+    "Softmax": _softmax(torch.softmax),
+    "LogSoftmax": _softmax(torch.log_softmax),
+    "Dropout": _dropout,
     "Identity": _plain(lambda x: x),
     "Transpose": lambda _, node, x: x.permute(ints(node, "perm") or tuple(reversed(range(x.dim())))),
     "Flatten": lambda _, node, x: x.reshape(math.prod(x.shape[: int(number(node, "axis", 1))]), -1),

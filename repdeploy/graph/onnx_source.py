@@ -18,6 +18,8 @@ from repdeploy.errors import BackendFailed, InputError, UnreadableCheckpoint
 
 OLDEST_OPSET = 9
 """Below it, batch norms and broadcasting meant something else."""
+WEIGHTS_APART = 4
+"""The IR version since which weights need not be inputs as well."""
 MAX_BYTES = 1_800_000_000
 """Protobuf ends at 2 GiB; below this the weights stay inside the file."""
 STANDARD = ("", "ai.onnx")
@@ -91,6 +93,7 @@ def read_onnx(path: Path) -> OnnxSource:
     weights = [value.name for value in model.graph.inputs if value.name in model.graph.initializers]
     if weights:
         RemoveInitializersFromInputsPass()(model)
+        model.ir_version = max(model.ir_version, WEIGHTS_APART)
         notes.append(f"{len(weights)} stored weights were listed as inputs as well; they are constants now")
     return OnnxSource(path, model, external, tuple(notes))
 

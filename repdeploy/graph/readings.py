@@ -84,28 +84,23 @@ class Readings:
                 yield from self._passed(node, form)
 
     def _behind(self, node: ir.Node, form: Unary) -> Iterator[tuple[Source, Reading]]:
-        leaf, nodes, shifts = form.leaf, frozenset(form.nodes), _shifts(form.leaf)
-        source = Source(form.input, form.layout)
-        yield source, Reading(source, leaf, leaf.geometry, nodes, shifts, form.bound)
-        for source, before in self.of.get(form.input, {}).items():
-            if source.layout != form.layout:
-                continue
-            try:
-                geometry = before.geometry.then(leaf.geometry)
-            except CannotSqueeze as reason:
-                self._refuse(node, str(reason))
-                continue
-            yield (
-                source,
-                Reading(
-                    source,
-                    before.expression >> leaf,
-                    geometry,
-                    before.nodes | nodes,
-                    before.shifts or shifts,
-                    before.bound or form.bound,
-                ),
-            )
+        leaf, source = form.leaf, Source(form.input, form.layout)
+        own = Reading(source, leaf, leaf.geometry, frozenset(form.nodes), _shifts(leaf), form.bound)
+        yield source, own
+        for farther, before in self.of.get(form.input, {}).items():
+            if farther.layout == form.layout:
+                yield from self._composed(node, before, own)
+
+    def _composed(self, node: ir.Node, before: Reading, after: Reading) -> Iterator[tuple[Source, Reading]]:
+        """`after` read from where `before` begins."""
+        try:
+            geometry = before.geometry.then(after.geometry)
+        except CannotSqueeze as reason:
+            self._refuse(node, str(reason))
+            return
+        expression, nodes = before.expression >> after.expression, before.nodes | after.nodes
+        shifts, bound = before.shifts or after.shifts, before.bound or after.bound
+        yield before.source, Reading(before.source, expression, geometry, nodes, shifts, bound)
 
     def _summed(self, node: ir.Node, form: Sum) -> Iterator[tuple[Source, Reading]]:
         values = dict.fromkeys(value for value, _ in form.terms)
@@ -116,7 +111,10 @@ class Readings:
         own = [Source(value, layout) for value in values for layout in sorted(layouts)]
         shared = [source for source in (*own, *tables[first]) if all(
             source in tables[value] or (source.base is value and not source.through) for value in values)]  # fmt: skip
+        behind: set[Source] = set()  # reached through a nearer source, so that a chain of sums stays a chain
         for source in dict.fromkeys(shared):
+            if source in behind:
+                continue
             try:
                 found = [_signed(tables[value].get(source) or self._itself(source), sign) for value, sign in form.terms]
                 geometry = align([part.geometry for part in found])
@@ -129,17 +127,19 @@ class Readings:
             except ValueError:  # channels are broadcast
                 self._refuse(node, "its inputs have different numbers of channels")
                 continue
-            yield (
+            reading = Reading(
                 source,
-                Reading(
-                    source,
-                    expression,
-                    geometry.geometry,
-                    frozenset({node}).union(*(part.nodes for part in found)),
-                    any(part.shifts for part in found),
-                    any(part.bound for part in found),
-                ),
+                expression,
+                geometry.geometry,
+                frozenset({node}).union(*(part.nodes for part in found)),
+                any(part.shifts for part in found),
+                any(part.bound for part in found),
             )
+            yield source, reading
+            for farther, before in () if source.through else self.of.get(source.base, {}).items():
+                if farther.layout == source.layout and farther not in behind:
+                    behind.add(farther)
+                    yield from self._composed(node, before, reading)
         if not shared:
             self._refuse(node, self._apart(form))
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from repdeploy import gates
 from repdeploy.algebra import FILL_TOLERANCE
 from repdeploy.graph.forms import Layout
-from repdeploy.graph.interpreter import Interpreter, evaluate
+from repdeploy.graph.interpreter import Interpreter, Values, evaluate
 from repdeploy.graph.known import Known
 from repdeploy.graph.regions import Region
 from repdeploy.records import Check
@@ -31,13 +34,7 @@ def region_check(known: Known, region: Region, name: str, seed: int = 0) -> Chec
         image = as_image(passed, layout)
         literal, squeezed = region.reading.expression.run(image), region.conv.run(image)
         order = [node for node in region.output.graph or () if node in region.reading.nodes]
-        constants = {
-            value: known.constants[value]
-            for node in order
-            for value in node.inputs
-            if value is not None and value in known.constants
-        }
-        found = evaluate(interpreter, order, {**constants, source.base: x}, [region.output])
+        found = evaluate(_Flattening(known.opset), order, {**_others(known, order), source.base: x}, [region.output])
         original = as_image(found[region.output], layout)
     exact = region.tolerance <= FILL_TOLERANCE
     budget = gates.ALGEBRA_BUDGET if exact else FOLDED_BUDGET
@@ -56,6 +53,27 @@ def as_image(x: Tensor, layout: Layout) -> Tensor:
     if layout == "last":
         x = x.movedim(-1, 1).flatten(2)
     return x.reshape(*x.shape, *(1,) * (4 - x.dim()))
+
+
+class _Flattening(Interpreter):
+    """A region's Reshape flattens, to whatever batch it is given here."""
+
+    def run(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> Values:
+        if node.op_type == "Reshape" and inputs[0] is not None:
+            return (inputs[0].flatten(1),)
+        return super().run(node, inputs)
+
+
+def _others(known: Known, nodes: Sequence[ir.Node]) -> dict[ir.Value, Tensor]:
+    """What nodes read beside the image: constants, and the target of a Reshape, which is not looked at."""
+    found = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value in known.constants:
+                found[value] = known.constants[value]
+            elif value is not None and node.op_type == "Reshape" and value is node.inputs[1]:
+                found[value] = torch.zeros(0)
+    return found
 
 
 def _applied(interpreter: Interpreter, known: Known, node: object, x: Tensor) -> Tensor:

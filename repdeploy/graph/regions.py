@@ -169,10 +169,17 @@ def nodes_needed(reading: Reading, known: Known, value: ir.Value) -> int | None:
     if shape is None:
         return None
     operator = operator_for(reading.geometry, reading.source, len(shape))
-    if operator is None:
+    if operator is None or (operator == "Conv" and _cuts_padding(reading.geometry, known.sizes(reading.source.base))):
         return None
     through = len(reading.source.through)
     return through + 1 + (operator == "Conv" and min(reading.geometry.pads) < 0) + (operator == "MatMul" and reading.shifts)
+
+
+def _cuts_padding(geometry: Geometry, sizes: tuple[int | None, ...] | None) -> bool:
+    """Whether a crop takes all that the image has, so that what is left is padding."""
+    image = () if sizes is None else sizes[2:]
+    cuts = [-min(geometry.pads[axis], geometry.pads[axis + 2], 0) for axis in range(len(image))]
+    return any(size is not None and 0 < size <= cut for size, cut in zip(image, cuts, strict=True))
 
 
 def operator_for(geometry: Geometry, source: Source, rank: int) -> str | None:

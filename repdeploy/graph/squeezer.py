@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from repdeploy.algebra import FILL_TOLERANCE
-from repdeploy.errors import VerificationFailed
+from repdeploy.errors import CannotSqueeze, VerificationFailed
+from repdeploy.graph.interpreter import CannotInterpret
 from repdeploy.graph.known import Known
 from repdeploy.graph.readings import Readings
 from repdeploy.graph.region_proof import region_check
@@ -63,7 +64,9 @@ def squeeze(
     shapes = feeds if feeds is not None else plans(model.graph, None)[0].shapes
     found: list[SqueezedRegion] = []
     kept: list[Kept] = []
+    unproved: list[Kept] = []
     for _ in range(ROUNDS):
+        unproved.clear()
         known = Known(model)
         is_fixed = all(known.sizes(value) == shapes.get(value.name or "") for value in model.graph.inputs)
         sizes = known if is_fixed else Known(model, shapes)
@@ -71,20 +74,35 @@ def squeeze(
         regions, kept = choose(model.graph, known, sizes, readings, force=force)
         if not regions:
             break
-        checks = {}
+        checks: dict[Region, Check] = {}
         for region in each(progress, "proving regions", regions):
-            checks[region] = check = region_check(known, region, region.output.name or "", seed)
+            try:
+                check = region_check(known, region, region.output.name or "", seed)
+            except (CannotInterpret, CannotSqueeze, RuntimeError) as reason:  # torch's own, of a size that does not fit
+                unproved.append(Kept(_last(region), f"it could not be proved: {' '.join(str(reason).split())[:200]}"))
+                continue
+            checks[region] = check
             if not check.passed:
                 raise VerificationFailed(
                     f"region {check.subject} ({region.reading.expression}) is not its convolution: "
                     f"{check.failure or f'error {check.error:.3g}, budget {check.budget:.3g}'}",
                     hint="please report this with the ONNX file; nothing was written",
                 )
+        regions = list(checks)
+        if not regions:
+            break
         before = {region: _roots(region) for region in regions}
         placed = rewrite(model, known, regions)
         found += [_reported(region, placed[region], checks[region], before[region]) for region in reversed(regions)]
     ours = {item.placed.name for item in found}
-    return Squeezed(tuple(found), tuple(item for item in kept if item.node.name not in ours))
+    reasons = (*unproved, *(item for item in kept if item.node not in {other.node for other in unproved}))
+    return Squeezed(tuple(found), tuple(item for item in reasons if item.node.name not in ours))
+
+
+def _last(region: Region) -> ir.Node:
+    producer = region.output.producer()
+    assert producer is not None
+    return producer
 
 
 def _roots(region: Region) -> dict[str, int]:
