@@ -19,16 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
-from repdeploy.bundle import replacing
 from repdeploy.errors import BackendFailed, InputError
+from repdeploy.graph.onnx_source import write_proto
 from repdeploy.network import sample_images
 
 PRODUCER = "repdeploy"
 INPUT, OUTPUT = "input", "output"
 EXAMPLE_BATCH = 2
 """An example batch of 1 would be taken for a constant."""
-MAX_BYTES = 1_800_000_000
-"""Protobuf ends at 2 GiB; below this the weights stay inside the file."""
 
 
 def write_onnx(
@@ -53,16 +51,7 @@ def write_onnx(
     model.producer_name, model.producer_version = PRODUCER, ""
     for key, value in provenance.items():
         model.metadata_props.add(key=f"repdeploy.{key}", value=value)
-    if model.ByteSize() > MAX_BYTES:
-        raise BackendFailed(
-            f"the ONNX file would have {model.ByteSize() / 1e9:.1f} GB, and one file ends at 1.8",
-            hint="export from a machine-readable deploy state dict with your own model until external data is supported",
-        )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as reason:  # the checker's errors have no base of their own
-        raise BackendFailed(f"the exported graph is not valid ONNX: {_short(reason)}") from reason
-    _write(model, path)
+    write_proto(model, path)
     opset: int = next(item.version for item in model.opset_import if item.domain == "")
     return opset
 
@@ -91,7 +80,7 @@ def write_plain(network: nn.Module, path: Path, shape: tuple[int, ...]) -> list[
             reasons.append(str(reason))
             continue
         del model.metadata_props[:]
-        _write(model, path)
+        write_proto(model, path)
         return [note] if note else []
     raise InputError(
         f"the network cannot be exported to ONNX. {' '.join(dict.fromkeys(reasons))}",
@@ -182,11 +171,6 @@ def _root(reason: BaseException) -> BaseException:
 
 def _short(reason: BaseException) -> str:
     return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(reason)).split())[:300]
-
-
-def _write(model: onnx.ModelProto, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def is_ours(path: Path) -> bool:

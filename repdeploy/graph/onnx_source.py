@@ -99,17 +99,21 @@ def read_onnx(path: Path) -> OnnxSource:
 
 
 def write_model(model: ir.Model, path: Path) -> None:
-    """One file, byte for byte the same for the same model. Raises BackendFailed where the result is not valid or too large."""
-    proto = ir.to_proto(model)
+    """As `write_proto`."""
+    write_proto(ir.to_proto(model), path)
+
+
+def write_proto(proto: onnx.ModelProto, path: Path) -> None:
+    """One file, byte for byte the same for the same model. Raises BackendFailed where it is not valid or too large."""
     if proto.ByteSize() > MAX_BYTES:
         raise BackendFailed(
-            f"the squeezed model has {proto.ByteSize() / 1e9:.1f} GB, and one file ends at 1.8",
+            f"the ONNX file would have {proto.ByteSize() / 1e9:.1f} GB, and one file ends at 1.8",
             hint="larger models are not written yet",
         )
     try:
         onnx.checker.check_model(proto, full_check=True)
-    except Exception as reason:
-        raise BackendFailed(f"the squeezed model is not valid ONNX: {' '.join(str(reason).split())[:300]}") from reason
+    except Exception as reason:  # the checker's errors have no base of their own
+        raise BackendFailed(f"the graph is not valid ONNX: {' '.join(str(reason).split())[:300]}") from reason
     with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
 

@@ -39,21 +39,42 @@ def rewrite(model: ir.Model, known: Known, regions: Sequence[Region]) -> dict[Re
     """Change the model in place."""
     graph = model.graph
     names = _Names(graph)
+    modules = {region: name_of(region) for region in regions}
+    shared = Counter(modules.values())
+    # several regions of one module go by their kernels
+    wanted = {region: name if shared[name] == 1 else kernel_of(region) for region, name in modules.items()}
     placed = {}
     for region in regions:
-        name = names.unused(name_of(region))
+        name = names.unused(wanted[region])
         placed[region] = Placed(name, _replace(graph, known, region, name, names))
     _fold(graph, known, names)
     RemoveUnusedNodesPass()(model)
     graph.sort()
-    return placed
+    return _renamed(graph, placed, wanted)
+
+
+def _renamed(graph: ir.Graph, placed: Mapping[Region, Placed], wanted: Mapping[Region, str]) -> dict[Region, Placed]:
+    """Under the names that were wanted, where what had them is gone."""
+    names, nodes = _Names(graph), {node.name: node for node in graph}
+    renamed = dict(placed)
+    for region, item in placed.items():
+        name = wanted[region]
+        if item.name == name or not names.are_free(name):
+            continue
+        names.unused(name)
+        nodes[item.name].name = name
+        stored = {}
+        for key, exact in item.stored.items():
+            value = graph.initializers[key]
+            value.name = name + key.removeprefix(item.name)
+            stored[value.name] = exact
+        renamed[region] = Placed(name, stored)
+    return renamed
 
 
 def name_of(region: Region) -> str:
     """The module that most of a region's weights share, as their dotted names tell; else that of its largest kernel."""
     roots = {root.name or "": root for node in region.vanishing for root in initializers_below(node)}
-    if not roots:
-        return region.output.name or "region"
     module: list[str] = []
     paths = [list(path) for path in {tuple(name.split(".")[:-1]) for name in roots}]
     while paths:
@@ -62,8 +83,14 @@ def name_of(region: Region) -> str:
             break
         module.append(part)
         paths = [path for path in paths if path[: len(module)] == module]
-    if module:
-        return ".".join(module)
+    return ".".join(module) if module else kernel_of(region)
+
+
+def kernel_of(region: Region) -> str:
+    """The module of a region's largest stored tensor."""
+    roots = {root.name or "": root for node in region.vanishing for root in initializers_below(node)}
+    if not roots:
+        return region.output.name or "region"
     return max(roots, key=lambda name: numbers_in(roots[name])).removesuffix(WEIGHT)
 
 
@@ -114,10 +141,13 @@ class _Names:
         self._taken = {node.name for node in nodes} | set(graph.initializers) | {value.name for value in graph.inputs}
         self._taken |= {value.name for node in nodes for value in node.outputs}
 
+    def are_free(self, name: str) -> bool:
+        return not {name, name + WEIGHT, name + BIAS} & self._taken
+
     def unused(self, wanted: str) -> str:
         """`wanted`, or with a number behind it, such that its weight and bias are unused too."""
         name, count = wanted, 0
-        while {name, name + WEIGHT, name + BIAS} & self._taken:
+        while not self.are_free(name):
             count += 1
             name = f"{wanted}_{count}"
         self._taken |= {name, name + WEIGHT, name + BIAS}
