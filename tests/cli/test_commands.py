@@ -93,11 +93,19 @@ def test_inspect_compares_branches_when_asked(quick: InProcess, ckpt: Path) -> N
     assert "output channels have a fused kernel of zero" in table
 
 
-def test_a_norm_that_stays_is_listed_with_its_reason(quick: InProcess) -> None:
+def test_a_norm_that_no_block_takes_in_is_listed_and_folds_at_export(quick: InProcess, tmp_path: Path) -> None:
+    """RepLKNet's last norm stands in front of the head's pooling: the graph's squeezer moves it into the linear layer."""
     sample = SAMPLES["replknet"].checkpoint("replknet")
     said = "stays a batch norm: norm (it follows a residual sum, in front of the head's pooling)"
     assert said in quick("convert", sample, "-o", "b.repdeploy", "--input-shape", "1x1x16x16").stdout
-    assert said in quick("export", "b.repdeploy").stdout
+    for options, norms in ((("--no-fold",), 1), ((), 0)):
+        answer = quick("export", "b.repdeploy", *options)
+        assert answer.status == 0, answer.stderr
+        assert (said in answer.stdout) == bool(norms)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "b.repdeploy" / "model.fp32.onnx").graph.node]
+        assert kinds.count("BatchNormalization") == norms
+    assert "model.fp32.onnx was current already" in quick("export", "b.repdeploy").stdout
+    assert quick("verify", "b.repdeploy").status == 0
 
 
 def test_a_long_formula_stands_below_its_table_once(quick: InProcess) -> None:
