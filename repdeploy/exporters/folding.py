@@ -18,6 +18,6 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def norms_in(path: Path) -> tuple[str, ...]:
-    """The batch norms of a written graph, by node."""
+    """The batch norms of a written graph, by the module that their tensors are of."""
     model = onnx.load(path, load_external_data=False)
-    return tuple(node.name for node in model.graph.node if node.op_type == "BatchNormalization")
+    return tuple(node.input[1].rpartition(".")[0] for node in model.graph.node if node.op_type == "BatchNormalization")
