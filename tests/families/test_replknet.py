@@ -285,15 +285,16 @@ def test_a_backbone_with_norms_after_its_stages_is_fused_one_by_one(tmp_path: Pa
     assert all(torch.equal(fused[key], state[key]) for key in fused if "lkb_reparam" not in key)
 
 
-def test_only_the_final_norm_is_left_to_run(tmp_path: Path) -> None:
-    """The pre-norms fold into the 1x1 behind them, all others into the convolution before them."""
+@pytest.mark.parametrize(("fold", "norms"), [(False, 1), (True, 0)])
+def test_only_the_final_norm_is_left_to_run_and_the_export_folds_it(fold: bool, norms: int, tmp_path: Path) -> None:
+    """The pre-norms fold into the 1x1 behind them, all others into the convolution before them, the last into the head."""
     model = replknet()
     path = save(model, tmp_path / "ckpt.pth")
     assert any("prelkb_bn" in key for key in load(path).tensors)
     repdeploy.convert(path, output=tmp_path / "b.repdeploy")
-    exported = repdeploy.export(tmp_path / "b.repdeploy")
+    exported = repdeploy.export(tmp_path / "b.repdeploy", fold=fold)
     operations = [node.op_type for node in onnx.load(exported.bundle / exported.artifacts[0].file).graph.node]
-    assert operations.count("BatchNormalization") == 1
+    assert operations.count("BatchNormalization") == norms
     layers, transitions = sum(SMALL["layers"]), len(SMALL["layers"]) - 1
     assert operations.count("Conv") == 4 + 3 * layers + 2 * layers + 2 * transitions
     assert repdeploy.verify(tmp_path / "b.repdeploy", against=path).passed
