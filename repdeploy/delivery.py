@@ -115,12 +115,13 @@ def _report_failure(folder: Path, target: Path, manifest: Manifest, request: Req
         kept = f"; the failed bundle is {failed}"
     first = manifest.verdict.failures[0]
     what = first.failure or f"error {first.error:.3g}, budget {first.budget:.3g} ({first.measure})"
-    anchored = first.gate == "anchor"
+    anchored = first.gate == "anchor" and manifest.graph is None
+    what_to_report = "graph" if manifest.graph is not None else "checkpoint's key names"
     raise VerificationFailed(
         f"verification failed at gate '{first.gate}', {first.subject}: {what}; no bundle was written{kept}",
         hint="the recorded outputs and this description differ: check eps, stride and input preprocessing with --set, or --arch"
         if anchored
-        else "please report this with the checkpoint's key names; --keep-failed keeps the result for a look",
+        else f"please report this with the {what_to_report}; --keep-failed keeps the result for a look",
     )
 
 

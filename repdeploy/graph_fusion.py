@@ -16,6 +16,7 @@ from repdeploy.bundle import REFERENCES, SOURCE, save_graph_references
 from repdeploy.delivery import Request, deliver, recorded, tool_versions
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import BackendFailed, InputError
+from repdeploy.graph.interpreter import RANDOM
 from repdeploy.graph.model_proof import exact_outputs, prove_model, runnable
 from repdeploy.graph.onnx_source import OnnxSource, read_onnx, write_model
 from repdeploy.graph.regions import Kept
@@ -68,10 +69,18 @@ def convert_graph(
     compare: Callable[[Squeezed], Iterable[Check]] = lambda _: (),
 ) -> Conversion:
     """The graph road from a model that was read, whoever wrote it. `compare`: further checks of what was squeezed."""
+    _require_steady(source)
     tried = plans(source.model.graph, request.input_shape)
     plan, said = runnable(source.path, tried) if request.gates == "all" and not request.dry_run else (tried[0], "")
     squeezed = source.model.clone()
-    done = squeeze(squeezed, plan.shapes, force=request.force_squeeze, seed=request.seed, progress=progress)
+    done = squeeze(
+        squeezed,
+        plan.shapes,
+        force=request.force_squeeze,
+        convolve_float64=bool(said),
+        seed=request.seed,
+        progress=progress,
+    )
     described = _described(source, origin, squeezed, done, plan, request)
     if not done.regions:
         return Conversion(None, described, already_deployed=True)
@@ -118,16 +127,33 @@ def convert_graph(
     return deliver(target, described, fill, request)
 
 
+def _require_steady(source: OnnxSource) -> None:
+    """Raises InputError for a graph that answers differently at every run: there is nothing to hold against it."""
+    node = next((node for node in source.model.graph.all_nodes() if node.op_type in RANDOM), None)
+    if node is not None:
+        raise InputError(
+            f"{source.path.name} draws random numbers ({node.op_type} {node.name or ''})",
+            hint="export the network in evaluation mode",
+        )
+
+
 def graph_checks(path: Path, inputs: Arrays, outputs: Arrays, precision: str) -> list[Check]:
     """Gate 4: a graph's file in onnxruntime against recorded float64 outputs, (sets, ...) each, output by output."""
-    session = OnnxSession(path)
     sets = len(next(iter(inputs.values())))
-    found = [session.run_all({name: array[index] for name, array in inputs.items()}) for index in range(sets)]
+    feeds = [{name: array[index] for name, array in inputs.items()} for index in range(sets)]
+    where = "onnxruntime"
+    try:
+        session = OnnxSession(path)
+        answers = [session.run_all(feed) for feed in feeds]
+        found = [{name: torch.from_numpy(answer[name]) for name in outputs if name in answer} for answer in answers]
+    except BackendFailed:  # as when it was converted: float64, or an operator of another domain
+        where, found = "float64", exact_outputs(read_onnx(path).model, feeds)
     checks = []
     for name, wanted in outputs.items():
-        got = np.stack([result[name] for result in found]) if all(name in result for result in found) else np.zeros(0)
-        subject = f"{path.name} in onnxruntime, {sets} sets" + (f", {name}" if len(outputs) > 1 else "")
-        checks.append(gates.artifact_check(subject, torch.from_numpy(got), torch.from_numpy(wanted), precision))
+        parts = [result[name] for result in found if name in result]
+        got = torch.stack(parts) if len(parts) == sets else torch.zeros(0)
+        subject = f"{path.name} in {where}, {sets} sets" + (f", {name}" if len(outputs) > 1 else "")
+        checks.append(gates.artifact_check(subject, got, torch.from_numpy(wanted), precision))
     return checks
 
 
@@ -137,9 +163,9 @@ def prove_graph_again(
     """Every gate anew, on other images: the original squeezed again, and held against what was written."""
     original, stored = read_onnx(source), read_onnx(written).model
     tried = plans(original.model.graph, shape)
-    plan, _ = runnable(source, tried)
+    plan, said = runnable(source, tried)
     again = original.model.clone()
-    done = squeeze(again, plan.shapes, force=forced, seed=seed, progress=progress)
+    done = squeeze(again, plan.shapes, force=forced, convolve_float64=bool(said), seed=seed, progress=progress)
     checks = [region.check for region in done.regions] + [gates.stored_gate(_stored_pairs(stored, done))]
     progress("running original and squeezed graph", 0, 1)
     return checks + list(prove_model(original.model, stored, source, written, done, plan, seed).checks)
@@ -243,6 +269,10 @@ def _expected(model: ir.Model, expect: Mapping[str, np.ndarray]) -> Check:
         raise InputError(
             "--expect compares graphs of one input", hint="leave it out: the graph itself is what is compared with"
         )
+    shape, given = model.graph.inputs[0].shape, expect["input"].shape
+    own = tuple(shape) if shape is not None else given
+    if len(own) != len(given) or any(isinstance(size, int) and size != other for size, other in zip(own, given, strict=True)):
+        raise InputError(f"--expect: input has shape {given}, the graph takes {own}", hint=gates.RECORD)
     found = exact_outputs(model, [{names[0][0]: expect["input"]}])[0]
     if names[1][0] not in found:
         raise InputError(

@@ -60,7 +60,8 @@ class Factory:
         made = self._call()
         if not isinstance(made, nn.Module):
             raise InputError(f"--model {self.spec} gave {type(made).__name__}, expected a torch.nn.Module", hint=self._example)
-        return made.eval()
+        made.eval()
+        return made
 
     @property
     def _example(self) -> str:
@@ -90,7 +91,7 @@ class Factory:
             absent = where == TIMM and reason.name == TIMM
             hint = "pip install timm" if absent else "run in the folder that has it, or install it"
             raise UsageError(f"--model {self.spec}: there is no module {reason.name}", hint=hint) from reason
-        except Exception as reason:  # whatever the user's code raises
+        except (Exception, SystemExit) as reason:  # whatever the user's code raises, a script's exit included
             raise InputError(
                 f"--model {self.spec} failed: {type(reason).__name__}: {' '.join(str(reason).split())[:300]}",
                 hint="arguments go into --model-args as JSON; --debug shows the trace",
@@ -188,13 +189,14 @@ def load_into(network: nn.Module, checkpoint: Checkpoint) -> None:
 
 def anchor(network: nn.Module, source: OnnxSource, shape: tuple[int, ...], seed: int) -> Check:
     """The user's own network in float64 against the exported graph in float64: the export is the network."""
-    x = sample_images((shape[0] if shape[0] > 1 else 2, *shape[1:]), seed)
+    x = sample_images((max(shape[0], gates.POOLED_IMAGES), *shape[1:]), seed)
     batch = source.model.graph.inputs[0].shape
     if batch is not None and isinstance(batch[0], int):
         x = x[: batch[0]]
     exact = network.double()
     with gates.exact_arithmetic():
-        wanted = [item for item in _tensors(exact(x.double())) if isinstance(item, Tensor)]
+        answers = [item for item in _tensors(exact(x.double())) if isinstance(item, Tensor)]
+    wanted = list({id(item): item for item in answers}.values())  # a graph names a tensor once
     network.float()
     feeds = {source.model.graph.inputs[0].name or "": np.asarray(x)}
     found = exact_outputs(source.model, [feeds])[0]

@@ -18,6 +18,8 @@ from repdeploy.errors import InputError, UsageError
 from repdeploy.exporters.onnx_file import image_of
 from repdeploy.exporters.stage import onnx_checks
 from repdeploy.family import Family
+from repdeploy.graph.onnx_source import read_onnx
+from repdeploy.graph.sample_inputs import of_batch
 from repdeploy.graph_fusion import graph_checks, prove_graph_again
 from repdeploy.progress import Progress
 from repdeploy.proof import prove_again
@@ -173,7 +175,10 @@ def _run_any(path: Path, families: Sequence[Family], images: np.ndarray) -> list
     """Every output."""
     opened = None if path.is_file() else Bundle(path)
     if opened is None or opened.manifest.graph is not None:
-        session = OnnxSession(opened.squeezed_graph() if opened is not None else path)
+        file = opened.squeezed_graph() if opened is not None else path
+        session = OnnxSession(file)
+        if len(session.input_names) > 1:
+            return list(session.run_all(of_batch(read_onnx(file).model.graph, images.shape)).values())
         return list(session.run_all({session.input_name: images}).values())
     network = deploy_network(opened, families, images.shape[1:])
     return [gates.run_in_chunks(network, torch.from_numpy(images)).numpy()]

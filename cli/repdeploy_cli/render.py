@@ -432,7 +432,12 @@ def _stays(console: Console, graph: GraphReport, explain: bool) -> None:
     if not graph.kept:
         return
     if not explain:
-        console.print(f"{len(graph.kept)} linear operators stay as they are; --explain says why, one by one")
+        count = (
+            f"{len(graph.kept)} linear operators stay as they are"
+            if len(graph.kept) > 1
+            else "1 linear operator stays as it is"
+        )
+        console.print(f"{count}; --explain says why")
         return
     groups: dict[tuple[str, str], list[KeptNode]] = {}
     for node in graph.kept:

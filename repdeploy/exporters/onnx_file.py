@@ -17,6 +17,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 from torch.utils._pytree import tree_flatten_with_path
 
 from repdeploy.errors import BackendFailed, InputError
@@ -102,6 +103,7 @@ def _output_names(network: nn.Module, example: Tensor) -> list[str]:
             f"the network does not take images of {shape}: {type(reason).__name__}: {_short(reason)}",
             hint="state what it takes with --input-shape",
         ) from reason
+    leaves = list({id(leaf): (path, leaf) for path, leaf in reversed(leaves)}.values())[::-1]  # a graph names a tensor once
     steps = [[str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path] for path, _ in leaves]
     return [".".join(path) if path and not path[0].isdigit() else OUTPUT + ".".join(path) for path in steps]
 
@@ -135,8 +137,15 @@ def _exported(
 def _traced(network: nn.Module, example: Tensor, names: tuple[list[str], list[str]]) -> onnx.ModelProto:
     """Through the TorchScript exporter, batch norms kept. Raises BackendFailed with what it said."""
     buffer = io.BytesIO()
-    return _attempted(
-        lambda: torch.onnx.export(
+
+    def export() -> None:
+        with warnings.catch_warnings():
+            # a branch that depends on the image would be frozen into the graph
+            warnings.simplefilter("error", TracerWarning)
+            _trace()
+
+    def _trace() -> None:
+        torch.onnx.export(
             network,
             (example,),
             buffer,  # type: ignore[arg-type]
@@ -146,9 +155,9 @@ def _traced(network: nn.Module, example: Tensor, names: tuple[list[str], list[st
             input_names=names[0],
             output_names=names[1],
             dynamic_axes={INPUT: {0: "batch"}},
-        ),
-        lambda _: onnx.load_from_string(buffer.getvalue()),
-    )
+        )
+
+    return _attempted(export, lambda _: onnx.load_from_string(buffer.getvalue()))
 
 
 def _attempted(export: Callable[[], Any], read: Callable[[Any], onnx.ModelProto]) -> onnx.ModelProto:

@@ -90,7 +90,10 @@ def _of_graph(
     if not trt:
         return Export(bundle.path, (onnx,), (onnx.file,))
     with bundle.locked():
-        return _tensorrt(bundle, onnx, path, {name: sampled[1:] for name, sampled in graph.sampled}, command, (onnx.file,))
+        # an input whose first axis is fixed needs no profile
+        is_open = {port.name for port in graph.inputs if port.shape and not port.shape[0].isdigit()}
+        shapes = {name: sampled[1:] for name, sampled in graph.sampled if name in is_open or not onnx.dynamic}
+        return _tensorrt(bundle, onnx, path, shapes, command, (onnx.file,))
 
 
 def _may_write(output: Path) -> None:

@@ -6,7 +6,7 @@ ScatterND, this project's own networks as a Pad and an Add. Both are one Pad wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 import torch
@@ -16,7 +16,7 @@ from repdeploy.algebra import Pad, Pads
 from repdeploy.errors import CannotSqueeze
 from repdeploy.graph.forms import Unary, padding_of
 from repdeploy.graph.interpreter import CannotInterpret
-from repdeploy.graph.known import FOLDED_AT_MOST, Known
+from repdeploy.graph.known import FOLDED_AT_MOST, STANDARD, Known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +28,7 @@ class _Patched:
     mask: Tensor
     values: Tensor
     nodes: tuple[ir.Node, ...]
+    open_batch: bool
 
     def as_pad(self) -> Unary | None:
         """The Pad this is, where the constants are the border, all of it, and one value per channel."""
@@ -53,11 +54,11 @@ class Borders:
     def read(self, node: ir.Node) -> Unary | None:
         """The Pad that a node completes, if it does."""
         if node.op_type == "Pad":
-            if any(use.node.op_type in ("ScatterND", "Add") for use in node.outputs[0].uses()):
+            if node.domain in STANDARD and any(use.node.op_type in ("ScatterND", "Add") for use in node.outputs[0].uses()):
                 self._start(node)
             return None
         patched = next((self._patched[value] for value in node.inputs if value in self._patched), None)
-        if patched is None or node.domain not in ("", "ai.onnx"):
+        if patched is None or node.domain not in STANDARD:
             return None
         if node.op_type == "ScatterND":
             patched = self._overwritten(node, patched)
@@ -79,7 +80,7 @@ class Borders:
         sizes = self.known.sizes(node.outputs[0])
         if sizes is None or len(sizes) != 4 or min(sides) < 0 or not any(sides):
             return
-        # the batch may stay open where what is written does not depend on it
+        # the batch may stay open where an image of constants is added, which is broadcast over it
         shape = [size if size is not None else 1 if axis == 0 else 0 for axis, size in enumerate(sizes)]
         elements = torch.Size(shape).numel()
         if not 0 < elements <= FOLDED_AT_MOST:
@@ -88,11 +89,14 @@ class Borders:
         mask = torch.ones(shape, dtype=torch.bool)
         mask[:, :, pads[0] : shape[2] - pads[2], pads[1] : shape[3] - pads[3]] = False
         values = torch.zeros(shape, dtype=torch.float64)
-        self._patched[node.outputs[0]] = _Patched(inner, pads, mask, values.masked_fill(mask, value), (node,))
+        filled = values.masked_fill(mask, value)
+        self._patched[node.outputs[0]] = _Patched(inner, pads, mask, filled, (node,), open_batch=sizes[0] is None)
 
     def _overwritten(self, node: ir.Node, patched: _Patched) -> _Patched | None:
         known, (data, indices, updates) = self.known.constants, node.inputs[:3]
         if data not in self._patched or indices not in known or updates not in known:
+            return None
+        if patched.open_batch:  # it writes into the images that it names, not into all
             return None
         if any(item.value != "none" for name, item in node.attributes.items() if name == "reduction"):
             return None
@@ -103,7 +107,7 @@ class Borders:
             (mask,) = run(node, [patched.mask.double(), known[indices], ones])
         except CannotInterpret:
             return None
-        return _Patched(patched.inner, patched.pads, mask.bool(), values, (*patched.nodes, node))
+        return replace(patched, mask=mask.bool(), values=values, nodes=(*patched.nodes, node))
 
     def _added(self, node: ir.Node, patched: _Patched) -> _Patched | None:
         image = next((self.known.constants[value] for value in node.inputs if value in self.known.constants), None)
@@ -115,4 +119,4 @@ class Borders:
             return None
         if bool((image.masked_fill(patched.mask, 0.0) != 0).any()):
             return None
-        return _Patched(patched.inner, patched.pads, patched.mask, patched.values + image, (*patched.nodes, node))
+        return replace(patched, values=patched.values + image, nodes=(*patched.nodes, node))

@@ -23,6 +23,10 @@ from repdeploy.errors import InputError
 from repdeploy.graph.attributes import Window, axes_of, ints, number, text
 
 Values = tuple[Tensor, ...]
+NARROW = {
+    "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT8E4M3FN": "float8_e4m3fn", "FLOAT8E5M2": "float8_e5m2",
+}  # fmt: skip
+"""Narrower types of ONNX that torch rounds to, by their names there."""
 RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"})
 """Operators that mean something else at every run."""
 
@@ -32,10 +36,11 @@ class CannotInterpret(InputError):
 
 
 class Interpreter:
-    """Runs nodes of one opset. `dtype` stands for every floating type."""
+    """Runs nodes of one opset. `dtype` stands for every floating type; with `rounds`, a Cast to a narrower one rounds to that
+    first, as it must where constants are folded (where an image is cast, the noise would say nothing about a graph)."""
 
-    def __init__(self, opset: int, dtype: torch.dtype = torch.float64) -> None:
-        self.opset, self.dtype = opset, dtype
+    def __init__(self, opset: int, dtype: torch.dtype = torch.float64, *, rounds: bool = False) -> None:
+        self.opset, self.dtype, self.rounds = opset, dtype, rounds
 
     def tensor(self, array: Any) -> Tensor:
         """A stored array as it is computed with. Raises CannotInterpret for strings."""
@@ -175,7 +180,11 @@ def _cast(self: Interpreter, node: ir.Node, x: Tensor) -> Any:
     if target == ir.DataType.STRING:
         return NotImplemented
     if target.is_floating_point():
-        return x.to(self.dtype)
+        narrow = getattr(torch, NARROW.get(target.name, ""), None)
+        if self.rounds and narrow is None and target.name not in ("FLOAT", "DOUBLE"):
+            raise CannotInterpret(f"nothing here rounds to {target.name}")
+        rounded = x.to(torch.float32) if target.name == "FLOAT" else x.to(narrow) if narrow is not None else x
+        return (rounded if self.rounds else x).to(self.dtype)
     return x.to(torch.from_numpy(np.empty(0, target.numpy())).dtype)
 
 
@@ -257,7 +266,9 @@ def _softmax(of: Callable[[Tensor, int], Tensor]) -> Callable[..., Any]:
 
 
 def _dropout(_: Interpreter, node: ir.Node, x: Tensor, ratio: Tensor | None = None, mode: Tensor | None = None) -> Any:
-    return NotImplemented if (mode is not None and bool(mode)) or len(node.outputs) > 1 else x
+    if mode is not None and bool(mode):
+        raise CannotInterpret("Dropout means something else at every run (training mode)")
+    return NotImplemented if len(node.outputs) > 1 else x
 
 
 def _layer_norm(_: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Any:

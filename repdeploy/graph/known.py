@@ -27,6 +27,7 @@ QUANTIZED = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLin
 """What these make of constants is not folded: it is what makes a graph a quantized one."""
 LIKE_THEIR_INPUT = frozenset({"GroupNormalization", "MeanVarianceNormalization"})
 """Operators that are defined by others alone, so that onnx infers no shape for them."""
+STANDARD = ("", "ai.onnx")
 SHAPE_DATA_AT_MOST = 256
 """Elements of a constant that shape inference is shown: shapes, axes, sizes."""
 
@@ -34,18 +35,26 @@ SHAPE_DATA_AT_MOST = 256
 class Known:
     """Constants and shapes of one graph's values. Outer values that a subgraph reads are none of its business."""
 
-    def __init__(self, model: ir.Model, feeds: Mapping[str, tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        feeds: Mapping[str, tuple[int, ...]] | None = None,
+        exact: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """`feeds`: input shapes to assume in place of what the file leaves open; then weights are looked at for their shapes
-        only."""
+        only. `exact`: by name what stored tensors were rounded from."""
         self._only_shapes = feeds is not None
         self.opset = model.opset_imports.get("", 1)
-        self.interpreter = Interpreter(self.opset)
+        self.interpreter = Interpreter(self.opset, rounds=True)
         self.constants: dict[ir.Value, Tensor] = {}
         self._types: dict[str, onnx.TypeProto] = {}
         self._open = OpenSizes(self._integers)
+        self._counted: set[ir.Value] = set()  # floats that are computed from sizes
         self._imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-        for value in model.graph.initializers.values():
+        for name, value in model.graph.initializers.items():
             self._store(value)
+            if exact is not None and name in exact and value in self.constants:
+                self.constants[value] = exact[name]
         for value in model.graph.inputs:
             if value not in self.constants:
                 self._declare(value, (feeds or {}).get(value.name or ""))
@@ -101,8 +110,12 @@ class Known:
             self._constant(node)
             return
         self._infer(node)
-        self._open.follow(node)
-        if node.op_type in ("Reshape", "Expand") and node.domain == "":
+        if node.domain not in STANDARD:
+            return
+        shape = self.shape(node.outputs[0]) if node.outputs else None
+        if shape is None or len(shape) <= 1:
+            self._open.follow(node)
+        if node.op_type in ("Reshape", "Expand"):
             self._reshape(node)
         if node.op_type == "Shape" and node.inputs[0] is not None:
             self._shape_of(node)
@@ -177,9 +190,17 @@ class Known:
             outputs = self.interpreter.run(node, inputs)
         except CannotInterpret:
             return
+        counted = any(value in self._counted for value in node.inputs if value is not None) or (
+            node.op_type == "Cast" and inputs[0] is not None and not inputs[0].is_floating_point()
+        )
         for value, result in zip(node.outputs, outputs, strict=False):
-            if result.numel() <= FOLDED_AT_MOST:
-                self.constants[value] = result
+            if not isinstance(result, Tensor) or result.numel() > FOLDED_AT_MOST:
+                continue
+            if counted and result.is_floating_point():  # sizes are computed as a runtime does, or a floor may differ
+                self._counted.add(value)
+                dtype = self.dtype(value)
+                result = result.float().to(result.dtype) if dtype == ir.DataType.FLOAT else result
+            self.constants[value] = result
 
     def _infer(self, node: ir.Node) -> None:
         if any(value is not None and value.name not in self._types for value in node.inputs) or _has_graph(node):

@@ -13,8 +13,10 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass
 
-from repdeploy.bundle import replacing
+from repdeploy.bundle import BENCH, MANIFEST, REFERENCES, SOURCE, WEIGHTS, replacing
 from repdeploy.errors import BackendFailed, InputError, UnreadableCheckpoint
+from repdeploy.gates import PRECISION_BUDGETS
+from repdeploy.graph.known import STANDARD
 
 OLDEST_OPSET = 9
 """Below it, batch norms and broadcasting meant something else."""
@@ -22,7 +24,7 @@ WEIGHTS_APART = 4
 """The IR version since which weights need not be inputs as well."""
 MAX_BYTES = 1_800_000_000
 """Protobuf ends at 2 GiB; below this the weights stay inside the file."""
-STANDARD = ("", "ai.onnx")
+RESERVED = frozenset({SOURCE, MANIFEST, REFERENCES, BENCH, WEIGHTS, *(f"model.{name}.onnx" for name in PRECISION_BUDGETS)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ def read_onnx(path: Path) -> OnnxSource:
     if not proto.graph.node:
         raise UnreadableCheckpoint(f"{path.name} holds no graph", hint="export it again, or copy it again")
     external = _external(path, proto)
+    if proto.graph.sparse_initializer:
+        raise InputError(f"{path.name} holds sparse weights, which are not read here", hint="save it with dense weights")
     versions = {item.domain: item.version for item in proto.opset_import}
     opset = next((versions[domain] for domain in STANDARD if domain in versions), None)
     newest = onnx.defs.onnx_opset_version()
@@ -74,7 +78,7 @@ def read_onnx(path: Path) -> OnnxSource:
         )
     try:
         shaped = _with_output_shapes(proto)
-        onnx.checker.check_model(str(path) if shaped is None else shaped)
+        onnx.checker.check_model(str(path) if shaped is None else shaped, full_check=True)
         model = ir.load(path)
     except Exception as reason:  # the checker's and the reader's errors have no base of their own
         raise InputError(
@@ -128,20 +132,24 @@ def _with_output_shapes(proto: onnx.ModelProto) -> onnx.ModelProto | None:
 
 def _external(path: Path, proto: onnx.ModelProto) -> tuple[str, ...]:
     """The files beside a model that hold its weights. Raises InputError where one is missing or lies elsewhere."""
-    names = {
-        entry.value
-        for tensor in onnx.external_data_helper._get_all_tensors(proto)
-        if onnx.external_data_helper.uses_external_data(tensor)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in sorted(names):
+    needed: dict[str, int] = {}
+    for tensor in onnx.external_data_helper._get_all_tensors(proto):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            entry = onnx.external_data_helper.ExternalDataInfo(tensor)
+            end = (entry.offset or 0) + (entry.length or 0)
+            needed[entry.location] = max(needed.get(entry.location, 0), end)
+    names = sorted(needed)
+    for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(
                 f"{path.name} reads its weights from {name!r}, outside its own folder", hint="save it in one folder"
             )
+        if name in RESERVED:
+            raise InputError(f"{path.name} keeps its weights in {name}, a name of a bundle's own files", hint="save it anew")
         if not (path.parent / name).is_file():
             raise InputError(
                 f"{path.name} keeps its weights in {name}, which is not beside it", hint="copy both files into one folder"
             )
-    return tuple(sorted(names))
+        if (path.parent / name).stat().st_size < needed[name]:
+            raise UnreadableCheckpoint(f"{name} is shorter than the weights of {path.name}", hint="copy it again")
+    return tuple(names)

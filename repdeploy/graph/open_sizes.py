@@ -68,7 +68,7 @@ def expanded(before: Vector, target: Vector) -> Vector:
     """The output of an Expand: both broadcast against each other."""
     rank = max(len(before), len(target))
     pairs = zip(*((1,) * (rank - len(side)) + side for side in (before, target)), strict=True)
-    return tuple(b if a == 1 else a for a, b in pairs)
+    return tuple(b if a == 1 else a if b == 1 or a == b or isinstance(a, int) else None for a, b in pairs)
 
 
 def _moved(node: ir.Node, entries: list[Vector]) -> Vector | None:
@@ -80,8 +80,8 @@ def _moved(node: ir.Node, entries: list[Vector]) -> Vector | None:
     if node.op_type == "Concat":
         return tuple(size for item in entries for size in item)
     if node.op_type == "Gather" and len(entries) == 2:
-        indices = [index for index in entries[1] if isinstance(index, int)]
-        return tuple(first[index] for index in indices) if all(-len(first) <= i < len(first) for i in indices) else None
+        indices = [index for index in entries[1] if isinstance(index, int) and -len(first) <= index < len(first)]
+        return tuple(first[index] for index in indices) if len(indices) == len(entries[1]) else None
     if node.op_type == "Slice" and len(entries) >= 3 and axes_of(node, None) in (None, (0,)):
         bounds = [item[0] for item in (*entries[1:3], *entries[4:5])]
         known = [bound for bound in bounds if isinstance(bound, int)]

@@ -20,7 +20,9 @@ from repdeploy.graph.borders import Borders
 from repdeploy.graph.forms import TRANSPOSED, Form, Forms, Layout, Sum, Through, Unary, channels_of, layouts_of
 from repdeploy.graph.known import Known
 
-SOURCES = 48
+LEAVES = 1000
+"""Of an expression: a graph that forks and joins again and again has exponentially many paths."""
+SOURCES = 96
 """Sources remembered per value, nearest first: longer chains are squeezed piece by piece."""
 
 
@@ -43,6 +45,7 @@ class Reading:
     nodes: frozenset[ir.Node]
     shifts: bool
     bound: bool = False
+    leaves: int = 1
 
     @property
     def is_pointwise(self) -> bool:
@@ -98,9 +101,12 @@ class Readings:
         except CannotSqueeze as reason:
             self._refuse(node, str(reason))
             return
+        if before.leaves + after.leaves > LEAVES:
+            self._refuse(node, "its region would be too large: it is squeezed piece by piece")
+            return
         expression, nodes = before.expression >> after.expression, before.nodes | after.nodes
         shifts, bound = before.shifts or after.shifts, before.bound or after.bound
-        yield before.source, Reading(before.source, expression, geometry, nodes, shifts, bound)
+        yield before.source, Reading(before.source, expression, geometry, nodes, shifts, bound, before.leaves + after.leaves)
 
     def _summed(self, node: ir.Node, form: Sum) -> Iterator[tuple[Source, Reading]]:
         values = dict.fromkeys(value for value, _ in form.terms)
@@ -117,6 +123,8 @@ class Readings:
                 continue
             try:
                 found = [_signed(tables[value].get(source) or self._itself(source), sign) for value, sign in form.terms]
+                if sum(part.leaves for part in found) > LEAVES:
+                    raise CannotSqueeze("its region would be too large: it is squeezed piece by piece")
                 geometry = align([part.geometry for part in found])
                 expression = found[0].expression
                 for part in found[1:]:
@@ -134,6 +142,7 @@ class Readings:
                 frozenset({node}).union(*(part.nodes for part in found)),
                 any(part.shifts for part in found),
                 any(part.bound for part in found),
+                sum(part.leaves for part in found),
             )
             yield source, reading
             for farther, before in () if source.through else self.of.get(source.base, {}).items():

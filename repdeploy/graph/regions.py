@@ -19,6 +19,7 @@ from repdeploy.graph.forms import OPERATORS, PASSED, Layout
 from repdeploy.graph.known import Known
 from repdeploy.graph.readings import Reading, Readings, Source
 
+HALF_MAX = 65504.0
 EXPORTER_TOLERANCE = 1e-6
 """How far border values may differ where an exporter folded norms in float32 before we saw them."""
 
@@ -63,15 +64,19 @@ class _Choice:
     order: dict[ir.Node, int]
     readers: dict[ir.Value, set[object]]
     pinned: set[ir.Value]
+    convolves: bool
     dead: set[ir.Node] = field(default_factory=set)
     regions: list[Region] = field(default_factory=list)
     reasons: dict[ir.Node, list[Kept]] = field(default_factory=dict)
 
 
-def choose(graph: ir.Graph, known: Known, sizes: Known, readings: Readings, *, force: bool) -> tuple[list[Region], list[Kept]]:
+def choose(
+    graph: ir.Graph, known: Known, sizes: Known, readings: Readings, *, force: bool, convolve_float64: bool
+) -> tuple[list[Region], list[Kept]]:
     """The regions to squeeze, outputs first, and the linear operators that stay.
 
-    `sizes`: shapes at a concrete input, for the estimates; `force`: squeeze what grows as well.
+    `sizes`: shapes at a concrete input, for the estimates; `force`: squeeze what grows as well; `convolve_float64`: put
+    convolutions in float64 into a graph that has none so far, which few runtimes take.
     """
     nodes = living(graph, known)
     readers: dict[ir.Value, set[object]] = {}
@@ -80,7 +85,9 @@ def choose(graph: ir.Graph, known: Known, sizes: Known, readings: Readings, *, f
             if used is not None:
                 readers.setdefault(used, set()).add(node)
     pinned = set(graph.outputs) | _outer_values(graph)
-    state = _Choice(known, sizes, force, {node: index for index, node in enumerate(nodes)}, readers, pinned)
+    order = {node: index for index, node in enumerate(nodes)}
+    convolves = convolve_float64 or any(node.op_type == "Conv" for node in nodes)
+    state = _Choice(known, sizes, force, order, readers, pinned, convolves)
     for node in reversed(nodes):
         if node in state.dead:
             continue
@@ -129,6 +136,7 @@ def _choose_at(state: _Choice, value: ir.Value, readings: Iterable[Reading]) -> 
     for _, _, reading, vanishing, before, after in sorted(candidates, key=lambda item: item[:2], reverse=True):
         try:
             conv, tolerance = _squeezed(reading)
+            _check_type(state.known.dtype(value), conv, state.convolves)
         except CannotSqueeze as reason:
             _note(state, node, Kept(node, str(reason)))
             continue
@@ -149,6 +157,17 @@ def _squeezed(reading: Reading) -> tuple[Conv, float]:
         return reading.expression.squeeze().zero_filled(), FILL_TOLERANCE
     except CannotSqueeze:
         return reading.expression.squeeze(EXPORTER_TOLERANCE).zero_filled(EXPORTER_TOLERANCE), EXPORTER_TOLERANCE
+
+
+def _check_type(dtype: ir.DataType | None, conv: Conv, convolves: bool) -> None:
+    """Raises CannotSqueeze where the value's type cannot hold the kernel, or few runtimes convolve in it."""
+    if dtype == ir.DataType.DOUBLE and not convolves:
+        raise CannotSqueeze("few runtimes convolve in float64, and this graph does not so far")
+    largest = float(max(conv.weight.abs().max(), conv.bias_or_zero().abs().max())) if conv.weight.numel() else 0.0
+    if dtype == ir.DataType.FLOAT16 and largest > HALF_MAX:
+        raise CannotSqueeze(f"its kernel reaches {largest:.3g}, and float16 ends at {HALF_MAX:g}")
+    if largest != largest or largest == float("inf"):
+        raise CannotSqueeze("its weights have NaN or Inf")
 
 
 def _vanishing(state: _Choice, value: ir.Value, reading: Reading) -> tuple[ir.Node, ...]:

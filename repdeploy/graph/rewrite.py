@@ -35,10 +35,10 @@ class Placed:
     stored: Mapping[str, Tensor]
 
 
-def rewrite(model: ir.Model, known: Known, regions: Sequence[Region]) -> dict[Region, Placed]:
-    """Change the model in place."""
-    graph = model.graph
-    names = _Names(graph)
+def rewrite(model: ir.Model, known: Known, regions: Sequence[Region], reserved: Iterable[str] = ()) -> dict[Region, Placed]:
+    """Change the model in place. `reserved`: names that mean something already, though the graph has them no more."""
+    graph, reserved = model.graph, tuple(reserved)
+    names = _Names(graph, reserved)
     modules = {region: name_of(region) for region in regions}
     shared = Counter(modules.values())
     # several regions of one module go by their kernels
@@ -50,12 +50,14 @@ def rewrite(model: ir.Model, known: Known, regions: Sequence[Region]) -> dict[Re
     _fold(graph, known, names)
     RemoveUnusedNodesPass()(model)
     graph.sort()
-    return _renamed(graph, placed, wanted)
+    return _renamed(graph, placed, wanted, _Names(graph, reserved))
 
 
-def _renamed(graph: ir.Graph, placed: Mapping[Region, Placed], wanted: Mapping[Region, str]) -> dict[Region, Placed]:
+def _renamed(
+    graph: ir.Graph, placed: Mapping[Region, Placed], wanted: Mapping[Region, str], names: _Names
+) -> dict[Region, Placed]:
     """Under the names that were wanted, where what had them is gone."""
-    names, nodes = _Names(graph), {node.name: node for node in graph}
+    nodes = {node.name: node for node in graph}
     renamed = dict(placed)
     for region, item in placed.items():
         name = wanted[region]
@@ -108,7 +110,7 @@ def initializers_below(node: ir.Node) -> list[ir.Value]:
         value = stack.pop()
         producer = value.producer()
         if producer is None:
-            if value.is_initializer():
+            if value.is_initializer() and value.dtype is not None and value.dtype.is_floating_point():
                 found[value] = None
         elif producer not in depth and _is_constant(producer):
             depth.add(producer)
@@ -136,10 +138,12 @@ def _is_constant(node: ir.Node) -> bool:
 class _Names:
     """Names of values, initializers and nodes: a new one is like no other."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, reserved: Iterable[str]) -> None:
         nodes = list(graph.all_nodes())
         self._taken = {node.name for node in nodes} | set(graph.initializers) | {value.name for value in graph.inputs}
-        self._taken |= {value.name for node in nodes for value in node.outputs}
+        self._taken |= {value.name for node in nodes for value in node.outputs} | set(reserved)
+        for subgraph in graph.subgraphs():
+            self._taken |= {value.name for value in (*subgraph.inputs, *subgraph.initializers.values())}
 
     def are_free(self, name: str) -> bool:
         return not {name, name + WEIGHT, name + BIAS} & self._taken
@@ -197,6 +201,8 @@ def _replace(graph: ir.Graph, known: Known, region: Region, name: str, names: _N
             nodes.append(ir.node("Add", [nodes[-1].outputs[0], stored(BIAS, bias)], name=names.unused(f"{name}.add")))
     new = nodes[-1].outputs[0]
     new.shape, new.type = old.shape, old.type or ir.TensorType(dtype)
+    new.doc_string = old.doc_string
+    new.metadata_props.update(old.metadata_props)
     graph.insert_before(producer, nodes)
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     new.name, old.name = old.name, names.unused(f"{old.name}.replaced")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -24,21 +25,17 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class InputPlan:
-    """Name, type and shape of every input; `batched`: the inputs whose first axis is the open batch of the image."""
+    """Name, type and shape of every input; `batched`: the inputs and axes that are the open batch of the image."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, ir.DataType]
-    batched: tuple[str, ...]
+    batched: tuple[tuple[str, int], ...]
     open_image: bool
+    image: str
 
     @property
     def open_batch(self) -> bool:
         return bool(self.batched)
-
-    @property
-    def image(self) -> str:
-        """The input that --input-shape is about: the first image, else the first input."""
-        return next((name for name, shape in self.shapes.items() if len(shape) == IMAGE_RANK), next(iter(self.shapes)))
 
     def arrays(self, seed: int) -> Arrays:
         """One set of inputs: structured images, noise, and zeros and ones for whole numbers."""
@@ -56,7 +53,10 @@ class InputPlan:
 
     def with_batch(self, batch: int) -> InputPlan:
         """The same with another size of an open batch."""
-        shapes = {name: (batch, *shape[1:]) if name in self.batched else shape for name, shape in self.shapes.items()}
+        shapes = {
+            name: tuple(batch if (name, axis) in self.batched else size for axis, size in enumerate(shape))
+            for name, shape in self.shapes.items()
+        }
         return replace(self, shapes=shapes)
 
 
@@ -79,7 +79,12 @@ def plans(graph: ir.Graph, wanted: tuple[int, ...] | None) -> list[InputPlan]:
     for value in inputs:
         if value.shape is None or value.dtype is None or value.dtype == ir.DataType.STRING:
             raise InputError(f"the input {value.name} has no shape, or is no tensor of numbers", hint="export it with a shape")
-    image = next((value for value in inputs if value.shape is not None and len(value.shape) == IMAGE_RANK), inputs[0])
+    empty = next((value for value in inputs if 0 in tuple(value.shape or ())), None)
+    if empty is not None:
+        raise InputError(f"the input {empty.name} has no values: its shape is {empty.shape}", hint="export it with a shape")
+    images = [value for value in inputs if len(value.shape or ()) == IMAGE_RANK]
+    # the one that --input-shape is about: rather one whose batch is open than one that happens to stand first
+    image = next((value for value in images if not _is_fixed(next(iter(value.shape or (1,))))), (images or inputs)[0])
     sizes: dict[str, int] = {}
     if wanted is not None:
         sizes = _stated(image, wanted)
@@ -89,18 +94,26 @@ def plans(graph: ir.Graph, wanted: tuple[int, ...] | None) -> list[InputPlan]:
 
 def _stated(image: ir.Value, wanted: tuple[int, ...]) -> dict[str, int]:
     """The open sizes that --input-shape decides."""
-    own = tuple(image.shape or ())
+    own = tuple(size if _is_fixed(size) else None for size in image.shape or ())
     if len(own) != len(wanted) or any(isinstance(size, int) and size != other for size, other in zip(own, wanted, strict=True)):
         asked, has = "x".join(map(str, wanted)), "x".join("?" if size is None else str(size) for size in own)
         raise InputError(
             f"--input-shape {asked}: the input {image.name} is {has}",
             hint="leave it out where the graph fixes its sizes, or export the model at another size",
         )
-    return {
-        _key(image, axis): other
-        for axis, (size, other) in enumerate(zip(own, wanted, strict=True))
-        if not isinstance(size, int)
-    }
+    found: dict[str, int] = {}
+    for axis, size in enumerate(own):
+        if size is None and found.setdefault(_key(image, axis), wanted[axis]) != wanted[axis]:
+            raise InputError(
+                f"--input-shape {'x'.join(map(str, wanted))}: {_key(image, axis)} is one size, twice in {image.name}",
+                hint="give both axes the same size",
+            )
+    return found
+
+
+def _is_fixed(size: object) -> TypeGuard[int]:
+    """Some exporters write -1 for an open size."""
+    return isinstance(size, int) and size >= 0
 
 
 def _key(value: ir.Value, axis: int) -> str:
@@ -113,9 +126,9 @@ def _key(value: ir.Value, axis: int) -> str:
 def _plan(inputs: list[ir.Value], image: ir.Value, stated: Mapping[str, int], side: tuple[int, int]) -> InputPlan:
     sizes, shapes, keys, open_image = dict(stated), {}, {}, False
     for value in inputs:
-        shape = []
+        shape: list[int] = []
         for axis, size in enumerate(value.shape or ()):
-            if isinstance(size, int):
+            if _is_fixed(size):
                 shape.append(size)
                 continue
             key = keys[value.name or "", axis] = _key(value, axis)
@@ -125,5 +138,5 @@ def _plan(inputs: list[ir.Value], image: ir.Value, stated: Mapping[str, int], si
         shapes[value.name or ""] = tuple(shape)
     dtypes = {value.name or "": value.dtype or ir.DataType.FLOAT for value in inputs}
     batch = keys.get((image.name or "", 0))
-    batched = tuple(name for (name, axis), key in keys.items() if axis == 0 and key == batch)
-    return InputPlan(shapes, dtypes, batched, open_image)
+    batched = tuple(place for place, key in keys.items() if key == batch)
+    return InputPlan(shapes, dtypes, batched, open_image, image.name or "")

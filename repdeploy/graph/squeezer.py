@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
+from torch import Tensor
 
 from repdeploy.algebra import FILL_TOLERANCE
 from repdeploy.errors import CannotSqueeze, VerificationFailed
@@ -21,6 +22,8 @@ from repdeploy.records import BlockReport, Check
 
 GRAPH = "graph"
 """What stands in place of a family's name."""
+SHOWN = 100
+"""Leaves of an expression that is written out as a formula."""
 ROUNDS = 8
 """Rounds of squeezing at most; the second one finds something only where chains are very long."""
 
@@ -53,25 +56,28 @@ def squeeze(
     feeds: Mapping[str, tuple[int, ...]] | None = None,
     *,
     force: bool = False,
+    convolve_float64: bool = True,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Squeezed:
     """Squeeze every linear region of a model that pays, in place.
 
-    `feeds`: input shapes for the estimates, where the file leaves sizes open; usual ones when left out. Raises
-    VerificationFailed where a region's convolution is not its nodes: then nothing was changed in this round.
+    `feeds`: input shapes for the estimates, where the file leaves sizes open; usual ones when left out. `force`,
+    `convolve_float64` as `choose` takes them. Raises VerificationFailed where a region's convolution is not its nodes: then
+    nothing was changed in this round.
     """
     shapes = feeds if feeds is not None else plans(model.graph, None)[0].shapes
     found: list[SqueezedRegion] = []
     kept: list[Kept] = []
     unproved: list[Kept] = []
+    exact: dict[str, Tensor] = {}  # a later round squeezes what an earlier one computed, not what it rounded
     for _ in range(ROUNDS):
         unproved.clear()
-        known = Known(model)
+        known = Known(model, exact=exact)
         is_fixed = all(known.sizes(value) == shapes.get(value.name or "") for value in model.graph.inputs)
         sizes = known if is_fixed else Known(model, shapes)
         readings = Readings.read(model.graph, known)
-        regions, kept = choose(model.graph, known, sizes, readings, force=force)
+        regions, kept = choose(model.graph, known, sizes, readings, force=force, convolve_float64=convolve_float64)
         if not regions:
             break
         checks: dict[Region, Check] = {}
@@ -92,10 +98,12 @@ def squeeze(
         if not regions:
             break
         before = {region: _roots(region) for region in regions}
-        placed = rewrite(model, known, regions)
+        placed = rewrite(model, known, regions, reserved=exact)
+        exact.update((key, tensor) for item in placed.values() for key, tensor in item.stored.items())
         found += [_reported(region, placed[region], checks[region], before[region]) for region in reversed(regions)]
-    ours = {item.placed.name for item in found}
+    found = [item for item in found if set(item.placed.stored) <= set(model.graph.initializers)]
     reasons = (*unproved, *(item for item in kept if item.node not in {other.node for other in unproved}))
+    ours = {item.placed.name for item in found}
     return Squeezed(tuple(found), tuple(item for item in reasons if item.node.name not in ours))
 
 
@@ -117,7 +125,7 @@ def _reported(region: Region, placed: Placed, check: Check, roots: Mapping[str, 
     report = BlockReport(
         name=placed.name,
         family=GRAPH,
-        formula=repr(region.reading.expression),
+        formula=repr(region.reading.expression) if region.reading.leaves <= SHOWN else f"{region.reading.leaves} linear maps",
         kernel=weight,
         groups=conv.groups,
         parameters_before=sum(roots.values()),

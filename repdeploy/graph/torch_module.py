@@ -36,6 +36,7 @@ class GraphModule(nn.Module):
 
     def forward(self, feeds: Mapping[str, Tensor]) -> Tensor:
         constants = {value: self.get_buffer(name) for value, name in self._names.items()}
-        inputs = {value: feeds[value.name or ""] for value in self._graph.inputs}
+        fed = {value: feeds[value.name or ""] for value in self._graph.inputs}
+        inputs = {value: x.float() if x.is_floating_point() else x for value, x in fed.items()}
         wanted = self._graph.outputs
         return evaluate(self._interpreter, self._order, {**constants, **inputs}, wanted)[wanted[0]]

@@ -50,7 +50,8 @@ class OnnxSession:
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as reason:  # its exceptions have no common base of their own
             raise BackendFailed(f"onnxruntime does not load {path.name}: {_short(reason)}") from reason
-        self.input_name: str = self._session.get_inputs()[0].name
+        self.input_names: tuple[str, ...] = tuple(item.name for item in self._session.get_inputs())
+        self.input_name = self.input_names[0]
 
     def run(self, x: np.ndarray) -> np.ndarray:
         return next(iter(self.run_all({self.input_name: x}).values()))
