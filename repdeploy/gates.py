@@ -49,7 +49,7 @@ def exact_arithmetic() -> Iterator[None]:
 
 def relative_error(got: Tensor, reference: Tensor) -> float:
     """max|got - reference| / max|reference|; the plain maximum where the reference is zero everywhere."""
-    largest = float(reference.abs().max()) if reference.numel() else 0.0
+    largest = float(reference.double().abs().max()) if reference.numel() else 0.0
     difference = float((got.double() - reference.double()).abs().max()) if reference.numel() else 0.0
     return difference / largest if largest > 0 else difference
 

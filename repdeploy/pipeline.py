@@ -81,7 +81,7 @@ def convert(
     if not 0 <= seed < 1 << 63:
         raise UsageError(f"--seed {seed}: expected a whole number from 0 to 2^63 - 1")
     path, settings = Path(checkpoint), _several(set)
-    is_graph = path.suffix == GRAPH_SUFFIX
+    is_graph = path.suffix.lower() == GRAPH_SUFFIX
     if is_graph:
         _only_for_checkpoints(
             family=family, arch=arch, set=settings or None, model=model, model_args=model_args,

@@ -70,7 +70,8 @@ class Known:
         if proto is None or not proto.tensor_type.HasField("shape"):
             return None
         return tuple(
-            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in proto.tensor_type.shape.dim
+            dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else (dim.dim_param or None)
+            for dim in proto.tensor_type.shape.dim
         )
 
     def sizes(self, value: ir.Value) -> tuple[int | None, ...] | None:
