@@ -5,6 +5,7 @@ This runs the user's code, and nothing of the checkpoint: its tensors are loaded
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -57,7 +58,8 @@ class Factory:
 
     def build(self) -> nn.Module:
         """Run the user's code. Raises UsageError where it is not found, InputError where it fails or builds no network."""
-        made = self._call()
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints must not land in our document
+            made = self._call()
         if not isinstance(made, nn.Module):
             raise InputError(f"--model {self.spec} gave {type(made).__name__}, expected a torch.nn.Module", hint=self._example)
         made.eval()
@@ -208,7 +210,8 @@ def anchor(network: nn.Module, source: OnnxSource, shape: tuple[int, ...], seed:
     budget = gates.EXPECT_BUDGETS[kind]
     if len(wanted) != len(found):
         return Check("anchor", subject, float("inf"), budget, failure=f"it gives {len(wanted)} tensors, its graph {len(found)}")
-    pairs = [(found[value.name or ""], reference) for value, reference in zip(source.model.graph.outputs, wanted, strict=True)]
+    names = dict.fromkeys(value.name or "" for value in source.model.graph.outputs)
+    pairs = [(found[name], reference) for name, reference in zip(names, wanted, strict=True)]
     failure = next((problem for got, reference in pairs if (problem := gates.output_failure(got, reference))), "")
     if failure:
         return Check("anchor", subject, float("inf"), budget, failure=failure)

@@ -99,7 +99,7 @@ def prove_model(
     exact = {key: tensor for region in done.regions for key, tensor in region.placed.stored.items()}
     ours = exact_outputs(squeezed, feeds, exact)
     loose = any(not region.is_exact for region in done.regions)
-    names = [value.name or "" for value in original.graph.outputs]
+    names = list(dict.fromkeys(value.name or "" for value in original.graph.outputs))
     checks, notes = [], []
     for name in names:
         if all(name in found for found in (*reference, *ours)):

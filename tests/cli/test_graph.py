@@ -256,6 +256,13 @@ class Net(nn.Module):
         return torch.relu(self.bn(self.conv(x)))
 def number(): return 3
 def broken(): raise RuntimeError("no such luck")
+class Twice(Net):
+    def forward(self, x):
+        x = super().forward(x)
+        return x, {"again": x}
+def Chatty():
+    print("building")
+    return Net()
 class Dynamic(Net):
     def forward(self, x):
         x = super().forward(x)
@@ -291,6 +298,10 @@ def test_a_network_of_ones_own(quick: InProcess, tmp_path: Path) -> None:
     ):
         answer = quick("convert", "own.pth", "--model", model, "-o", "b.repdeploy", *shape)
         assert (answer.status, said in answer.stderr) == (status, True), (model, answer)
+    for model in ("own_net:Twice", "own_net:Chatty"):
+        answer = quick("convert", "own.pth", "--model", model, "-o", f"{model[8:]}.repdeploy", *shape, "--json")
+        assert answer.status == 0, answer.stderr
+        assert json.loads(answer.stdout)["manifest"]["verdict"]["passed"]
     wide = quick("convert", "own.pth", "--model", "own_net.py:Net", "--model-args", '{"width": 5}', *shape)
     assert wide.status == 3
     assert "conv.weight (4, 3, 3, 3) for (5, 3, 3, 3)" in wide.stderr
