@@ -124,11 +124,9 @@ def arguments(given: str | Mapping[str, object] | None) -> Mapping[str, object]:
     try:
         found = json.loads(given)
     except ValueError as reason:
-        raise UsageError(
-            f"--model-args is no JSON: {reason}", hint="for example --model-args '{\"num_classes\": 10}'"
-        ) from reason
+        raise UsageError(f"--model-args is no JSON: {reason}", hint=ARGUMENTS) from reason
     if not isinstance(found, dict):
-        raise UsageError("--model-args is no JSON object", hint="for example --model-args '{\"num_classes\": 10}'")
+        raise UsageError("--model-args is no JSON object", hint=ARGUMENTS)
     return found
 
 
