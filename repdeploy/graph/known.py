@@ -45,11 +45,11 @@ class Known:
         only. `exact`: by name what stored tensors were rounded from."""
         self._only_shapes = feeds is not None
         self.opset = model.opset_imports.get("", 1)
-        self.interpreter = Interpreter(self.opset, rounds=True)
+        self.interpreter, self._rounding = Interpreter(self.opset), Interpreter(self.opset, rounds=True)
         self.constants: dict[ir.Value, Tensor] = {}
         self._types: dict[str, onnx.TypeProto] = {}
         self._open = OpenSizes(self._integers)
-        self._counted: set[ir.Value] = set()  # floats that are computed from sizes
+        self._counted: set[ir.Value] = set()  # what is computed from sizes
         self._imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
         for name, value in model.graph.initializers.items():
             self._store(value)
@@ -153,6 +153,7 @@ class Known:
         wanted = found[start:end]
         if all(isinstance(size, int) for size in wanted):
             self.constants[node.outputs[0]] = torch.tensor(wanted, dtype=torch.int64)
+            self._counted.add(node.outputs[0])
         else:
             self._open.shape_of(node.outputs[0], wanted)
 
@@ -187,21 +188,33 @@ class Known:
         if any((self.elements(output) or 0) > FOLDED_AT_MOST for output in node.outputs):
             return
         inputs = [None if value is None else self.constants[value] for value in node.inputs]
+        interpreter = self._rounding if node.op_type == "Cast" and self._narrows(node) else self.interpreter
         try:
-            outputs = self.interpreter.run(node, inputs)
+            outputs = interpreter.run(node, inputs)
         except CannotInterpret:
             return
-        counted = any(value in self._counted for value in node.inputs if value is not None) or (
-            node.op_type == "Cast" and inputs[0] is not None and not inputs[0].is_floating_point()
-        )
         for value, result in zip(node.outputs, outputs, strict=False):
             if not isinstance(result, Tensor) or result.numel() > FOLDED_AT_MOST:
                 continue
-            if counted and result.is_floating_point():  # sizes are computed as a runtime does, or a floor may differ
+            if self._is_counted(node, result):  # sizes are computed as a runtime does, or a floor may differ
                 self._counted.add(value)
-                dtype = self.dtype(value)
-                result = result.float().to(result.dtype) if dtype == ir.DataType.FLOAT else result
+                if result.is_floating_point() and self.dtype(value) == ir.DataType.FLOAT:
+                    result = result.float().to(result.dtype)
             self.constants[value] = result
+
+    def _is_counted(self, node: ir.Node, result: Tensor) -> bool:
+        """Whether a constant is computed from sizes: whole numbers from any of them, floats from such floats or a Cast. An
+        index says where values go, not what they are."""
+        told_by = [value for value in node.inputs if value in self._counted]
+        if not result.is_floating_point() or node.op_type == "Cast":
+            return bool(told_by)
+        return any(self.constants[value].is_floating_point() for value in told_by if value is not None)
+
+    def _narrows(self, node: ir.Node) -> bool:
+        """Whether a Cast loses digits that its input has in the file; one to the same type leaves ours as they are."""
+        before = self.dtype(node.inputs[0]) if node.inputs[0] is not None else None
+        after = ir.DataType(int(number(node, "to", 0)))
+        return before is None or (after.is_floating_point() and after != before and after.bitwidth <= before.bitwidth)
 
     def _infer(self, node: ir.Node) -> None:
         if any(value is not None and value.name not in self._types for value in node.inputs) or _has_graph(node):
