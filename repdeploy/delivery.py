@@ -131,7 +131,8 @@ def _replaced(existing: Manifest, manifest: Manifest) -> tuple[str, ...]:
     if existing.verdict.grade == "anchored" and manifest.verdict.grade != "anchored":
         lost.append("its verdict was anchored")
     if existing.weights_sha256 != manifest.weights_sha256 and existing.artifacts:
-        lost.append(f"{', '.join(item.file for item in existing.artifacts)} had other weights and is gone")
+        made = [item.file for item in existing.artifacts if item.made_from != item.sha256]  # a graph is made from itself
+        lost += [f"{', '.join(made)} had other weights and is gone"] if made else []
     return (f"the bundle that was here is replaced: {'; '.join(lost)}",) if lost else ()
 
 
