@@ -17,22 +17,15 @@ from repdeploy.delivery import Request, deliver, recorded, tool_versions
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import BackendFailed, InputError
 from repdeploy.graph.interpreter import RANDOM
-from repdeploy.graph.model_proof import exact_outputs, prove_model, runnable
+from repdeploy.graph.model_proof import PRECISIONS, exact_outputs, prove_model, runnable
 from repdeploy.graph.onnx_source import OnnxSource, read_onnx, write_model
 from repdeploy.graph.regions import Kept
 from repdeploy.graph.rewrite import numbers_in
 from repdeploy.graph.sample_inputs import Arrays, InputPlan, plans
 from repdeploy.graph.squeezer import GRAPH, Squeezed, squeeze
 from repdeploy.progress import Progress
-from repdeploy.records import Artifact, Check, Conversion, Grade, GraphReport, KeptNode, Manifest, Port, Source, Verdict
+from repdeploy.records import Artifact, Check, Conversion, GraphReport, KeptNode, Manifest, Port, Source, Verdict
 from repdeploy.runtimes.onnx_cpu import OnnxSession
-
-PRECISIONS = {
-    ir.DataType.FLOAT: "fp32",
-    ir.DataType.DOUBLE: "fp64",
-    ir.DataType.FLOAT16: "fp16",
-    ir.DataType.BFLOAT16: "bf16",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +90,7 @@ def convert_graph(
         checks = [region.check for region in done.regions] + [*origin.checks, *compare(done)]
         written = read_onnx(model).model
         checks.append(gates.stored_gate(_stored_pairs(written, done)))
-        manifest, grade = described, _blocks_only(request)
+        manifest, grade = described, described.verdict.grade
         if request.gates == "all":
             progress("running original and squeezed graph", 0, 1)
             try:
@@ -109,8 +102,8 @@ def convert_graph(
                 ) from reason
             checks += proof.checks
             manifest = replace(manifest, notes=(*manifest.notes, *proof.notes))
-            if not proof.checks:  # no output is a tensor of numbers
-                grade = "blocks only"
+            if proof.checks:  # the original graph was run as the user wrote it: it is the anchor
+                grade = "anchored"
             if expect is not None:
                 checks.append(_expected(source.model, expect))
             if proof.references is not None:
@@ -173,11 +166,6 @@ def prove_graph_again(
     return checks + list(prove_model(original.model, stored, source, written, done, plan, seed).checks)
 
 
-def _blocks_only(request: Request) -> Grade:
-    """The original graph is run as the user wrote it: it is the anchor."""
-    return "anchored" if request.gates == "all" else "blocks only"
-
-
 def _described(
     source: OnnxSource, origin: Origin, squeezed: ir.Model, done: Squeezed, plan: InputPlan, request: Request
 ) -> Manifest:
@@ -186,7 +174,7 @@ def _described(
     costs = [(item.region.before, item.region.after) for item in done.regions]
     report = GraphReport(
         file=SOURCE,
-        sha256=digest(source.path),
+        sha256=digest(source.path) if origin.model else origin.source.sha256,
         opset=source.opset,
         inputs=tuple(_port(value) for value in source.model.graph.inputs),
         outputs=tuple(_port(value) for value in source.model.graph.outputs),

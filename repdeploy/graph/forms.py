@@ -323,7 +323,9 @@ def _elementwise(leaf: Callable[[Tensor, bool], Linear], what: str) -> Callable[
 def _sum(known: Known, node: ir.Node, what: str) -> Iterator[Form]:
     if node.op_type in ("Mul", "Div"):
         raise CannotSqueeze(f"its {what} is computed from the network's input")
-    terms = [(value, -1 if node.op_type == "Sub" and index else 1) for index, value in enumerate(node.inputs) if value]
+    terms = [
+        (value, -1 if node.op_type == "Sub" and index else 1) for index, value in enumerate(node.inputs) if value is not None
+    ]
     if any(value in known.constants for value, _ in terms):
         raise CannotSqueeze("it sums constants and values in one operator")
     yield Sum(tuple(terms))

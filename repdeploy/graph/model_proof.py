@@ -22,8 +22,13 @@ from repdeploy.graph.squeezer import Squeezed
 from repdeploy.records import Check
 from repdeploy.runtimes.onnx_cpu import OnnxSession
 
-PRECISIONS = {"float64": "fp64", "float16": "fp16"}
-"""Of outputs that are not float32."""
+PRECISIONS = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.DOUBLE: "fp64",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+}  # fmt: skip
+"""What the budgets and file names call ONNX's types."""
 MOST_NOISE = 0.05
 """Of the outputs, rms: what the original's own rounding may cost; deep networks reach 1e-3 in float32, 1e-2 in float16."""
 FLIPS = 0.01
@@ -69,18 +74,14 @@ def exact_outputs(
 
     `exact`: stored tensors, by name, to be replaced by what they were rounded from.
     """
-    known, graph = Known(model), model.graph
+    known, graph = Known(model, exact=exact), model.graph
     interpreter = Interpreter(known.opset)
     order = living(graph, known)
-    constants = dict(known.constants)
-    for name, tensor in (exact or {}).items():
-        if name in graph.initializers:
-            constants[graph.initializers[name]] = tensor
     found = []
     with gates.exact_arithmetic():
         for arrays in feeds:
             inputs = {value: interpreter.tensor(arrays[value.name or ""]) for value in graph.inputs if value.name in arrays}
-            results = evaluate(interpreter, order, constants | inputs, graph.outputs, skip=True)
+            results = evaluate(interpreter, order, known.constants | inputs, graph.outputs, skip=True)
             tensors = {value.name or "": results[value] for value in graph.outputs if value in results}
             found.append({name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     return found
@@ -168,7 +169,7 @@ def _rounding(label: str, before: Sequence[np.ndarray], after: Sequence[np.ndarr
         return Check("rounding", f"{label}{kind} in onnxruntime, {shapes}", differ, FLIPS, "share of values that differ")
     got, original = (torch.cat([torch.from_numpy(array).double().flatten() for array in arrays]) for arrays in (after, before))
     if wanted is None:
-        error, budget = gates.relative_error(got, original), gates.PRECISION_BUDGETS[PRECISIONS.get(kind.name, "fp32")]
+        error, budget = gates.relative_error(got, original), gates.PRECISION_BUDGETS[PRECISIONS[ir.DataType.from_numpy(kind)]]
         return Check("rounding", f"{label}{kind} in onnxruntime against the original", error, budget)
     reference = torch.cat([tensor.double().flatten() for tensor in wanted])
     floor, unit = gates.rms(original - reference), float(np.finfo(kind).eps) / 2

@@ -15,11 +15,12 @@ from repdeploy.algebra import FILL_TOLERANCE, Conv, Geometry
 from repdeploy.errors import CannotSqueeze
 from repdeploy.graph import costs
 from repdeploy.graph.costs import Cost
-from repdeploy.graph.forms import OPERATORS, PASSED, Layout
+from repdeploy.graph.forms import OPERATORS, PASSED
 from repdeploy.graph.known import Known
 from repdeploy.graph.readings import Reading, Readings, Source
 
 HALF_MAX = 65504.0
+"""The largest float16."""
 EXPORTER_TOLERANCE = 1e-6
 """How far border values may differ where an exporter folded norms in float32 before we saw them."""
 
@@ -203,9 +204,8 @@ def _cuts_padding(geometry: Geometry, sizes: tuple[int | None, ...] | None) -> b
 
 def operator_for(geometry: Geometry, source: Source, rank: int) -> str | None:
     """Conv where the channels come first and there is an image, Gemm where there is none, MatMul where they come last."""
-    layout: Layout = source.layout
     pointwise = geometry.kernel_size == (1, 1) == geometry.stride and not any(geometry.pads)
-    if layout == "last":
+    if source.layout == "last":
         return "MatMul" if pointwise and geometry.groups == 1 else None
     if rank == 2:
         return "Gemm" if pointwise and geometry.groups == 1 else None

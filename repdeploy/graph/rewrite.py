@@ -39,10 +39,10 @@ def rewrite(model: ir.Model, known: Known, regions: Sequence[Region], reserved: 
     """Change the model in place. `reserved`: names that mean something already, though the graph has them no more."""
     graph, reserved = model.graph, tuple(reserved)
     names = _Names(graph, reserved)
-    modules = {region: name_of(region) for region in regions}
+    modules = {region: name_of(region, known) for region in regions}
     shared = Counter(modules.values())
     # several regions of one module go by their kernels
-    wanted = {region: name if shared[name] == 1 else kernel_of(region) for region, name in modules.items()}
+    wanted = {region: name if shared[name] == 1 else kernel_of(region, known) for region, name in modules.items()}
     placed = {}
     for region in regions:
         name = names.unused(wanted[region])
@@ -74,26 +74,31 @@ def _renamed(
     return renamed
 
 
-def name_of(region: Region) -> str:
+def name_of(region: Region, known: Known) -> str:
     """The module that most of a region's weights share, as their dotted names tell; else that of its largest kernel."""
-    roots = {root.name or "": root for node in region.vanishing for root in initializers_below(node)}
     module: list[str] = []
-    paths = [list(path) for path in {tuple(name.split(".")[:-1]) for name in roots}]
+    paths = [list(path) for path in {tuple(name.split(".")[:-1]) for name in roots_of(region, known)}]
     while paths:
         (part, count), *_ = Counter(path[len(module)] if len(path) > len(module) else "" for path in paths).most_common(1)
         if not part or count < SHARED * len(paths):
             break
         module.append(part)
         paths = [path for path in paths if path[: len(module)] == module]
-    return ".".join(module) if module else kernel_of(region)
+    return ".".join(module) if module else kernel_of(region, known)
 
 
-def kernel_of(region: Region) -> str:
+def kernel_of(region: Region, known: Known) -> str:
     """The module of a region's largest stored tensor."""
-    roots = {root.name or "": root for node in region.vanishing for root in initializers_below(node)}
-    if not roots:
-        return region.output.name or "region"
-    return max(roots, key=lambda name: numbers_in(roots[name])).removesuffix(WEIGHT)
+    roots = roots_of(region, known)
+    return max(roots, key=lambda name: roots[name]).removesuffix(WEIGHT) if roots else region.output.name or "region"
+
+
+def roots_of(region: Region, known: Known) -> dict[str, int]:
+    """The stored tensors that a region's constants come from, by name, and how many numbers each has."""
+    inputs = (value for node in region.vanishing for value in node.inputs if value in known.constants)
+    return {
+        root.name or "": numbers_in(root) for value in inputs if value is not None for root in initializers_below(value, known)
+    }
 
 
 def numbers_in(value: ir.Value) -> int:
@@ -101,38 +106,21 @@ def numbers_in(value: ir.Value) -> int:
     return math.prod(value.shape.numpy()) if value.shape is not None else 0
 
 
-def initializers_below(node: ir.Node) -> list[ir.Value]:
-    """The stored tensors that a node's constants come from, through nodes that compute them."""
+def initializers_below(constant: ir.Value, known: Known) -> list[ir.Value]:
+    """The stored floating point tensors that a constant is computed from; itself, if it is stored."""
     found: dict[ir.Value, None] = {}
-    stack = [value for value in node.inputs if value is not None]
-    depth: set[ir.Node] = set()
+    stack, seen = [constant], {constant}
     while stack:
         value = stack.pop()
         producer = value.producer()
-        if producer is None:
-            if value.is_initializer() and value.dtype is not None and value.dtype.is_floating_point():
-                found[value] = None
-        elif producer not in depth and _is_constant(producer):
-            depth.add(producer)
-            stack += [item for item in producer.inputs if item is not None]
+        if producer is not None:
+            # of a value that is computed at run time, a constant holds the type or the shape
+            inputs = [item for item in producer.inputs if item is not None and item in known.constants and item not in seen]
+            stack += inputs
+            seen.update(inputs)
+        elif value.is_initializer() and value.dtype is not None and value.dtype.is_floating_point():
+            found[value] = None
     return list(found)
-
-
-def _is_constant(node: ir.Node) -> bool:
-    """Whether only stored tensors stand above a node, as far as can be seen from its inputs."""
-    stack, seen = [node], {node}
-    while stack:
-        for value in stack.pop().inputs:
-            if value is None:
-                continue
-            producer = value.producer()
-            if producer is None:
-                if not value.is_initializer():
-                    return False
-            elif producer not in seen:
-                seen.add(producer)
-                stack.append(producer)
-    return True
 
 
 class _Names:
@@ -265,7 +253,7 @@ def _fold(graph: ir.Graph, known: Known, names: _Names) -> None:
             producer = value.producer() if value is not None else None
             if value is None or producer is None or producer.op_type == "Constant" or value not in known.constants:
                 continue
-            if known.constants[value].numel() > max(SMALL, sum(numbers_in(root) for root in initializers_below(producer))):
+            if known.constants[value].numel() > max(SMALL, sum(numbers_in(root) for root in initializers_below(value, known))):
                 continue  # what a graph expands would be stored expanded
             if value not in stored:
                 dtype = known.dtype(value) or ir.DataType.from_numpy(known.constants[value].numpy().dtype)

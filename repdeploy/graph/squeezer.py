@@ -15,7 +15,7 @@ from repdeploy.graph.known import Known
 from repdeploy.graph.readings import Readings
 from repdeploy.graph.region_proof import region_check
 from repdeploy.graph.regions import Kept, Region, choose
-from repdeploy.graph.rewrite import Placed, initializers_below, numbers_in, rewrite
+from repdeploy.graph.rewrite import Placed, rewrite, roots_of
 from repdeploy.graph.sample_inputs import plans
 from repdeploy.progress import Progress, each, silent
 from repdeploy.records import BlockReport, Check
@@ -97,7 +97,7 @@ def squeeze(
         regions = list(checks)
         if not regions:
             break
-        before = {region: _roots(region) for region in regions}
+        before = {region: roots_of(region, known) for region in regions}
         placed = rewrite(model, known, regions, reserved=exact)
         exact.update((key, tensor) for item in placed.values() for key, tensor in item.stored.items())
         found += [_reported(region, placed[region], checks[region], before[region]) for region in reversed(regions)]
@@ -111,12 +111,6 @@ def _last(region: Region) -> ir.Node:
     producer = region.output.producer()
     assert producer is not None
     return producer
-
-
-def _roots(region: Region) -> dict[str, int]:
-    """The stored tensors of a region, by name, and how many numbers each has."""
-    roots = {root.name or "": root for node in region.vanishing for root in initializers_below(node)}
-    return {name: numbers_in(root) for name, root in roots.items()}
 
 
 def _reported(region: Region, placed: Placed, check: Check, roots: Mapping[str, int]) -> SqueezedRegion:
