@@ -45,6 +45,7 @@ class Request:
     keep_failed: bool = False
     seed: int = 0
     force_squeeze: bool = False
+    prune_dead: bool = False
     command: str = "repdeploy convert"
 
 

@@ -53,7 +53,14 @@ class NotRecognised(InputError):
 
 
 class IllegalInput(InputError):
-    """The network cannot take an image of this shape, or would mean something else on it."""
+    """The network cannot take an image of this shape, or would mean something else on it.
+
+    `fits`: height and width of an image that it takes, where the network itself tells.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", fits: tuple[int, int] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.fits = fits
 
 
 class CannotSqueeze(InputError):

@@ -163,6 +163,13 @@ class Facts:
         self._used.setdefault((name, str(value), origin), {})[scope] = None
         return value
 
+    def without_hints(self, name: str, fits: Callable[[Any], bool]) -> Facts:
+        """The same, without what the file says of a fact where that does not fit: shapes beat what a file calls itself."""
+        kept = (item for item in self.settings if item.name != name or item.origin != "file" or fits(item.value))
+        found = Facts(kept, self.attributes)
+        found.absorb(self)
+        return found
+
     def unrecorded(self) -> Facts:
         """The same answers, for an attempt that may come to nothing."""
         return Facts(self.settings, self.attributes)

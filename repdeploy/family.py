@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from repdeploy.algebra import NORM_EPS, Conv, Identity, Linear, Norm
+from repdeploy.algebra import NORM_EPS, Conv, Identity, Linear, Norm, Pair, Scale
 from repdeploy.errors import InputError, NotRecognised
 from repdeploy.facts import FactKind, Facts
 from repdeploy.keys import Keys, join
@@ -31,14 +31,17 @@ module's class); a known network around it."""
 class BlockKind:
     """One key layout of one block.
 
-    `anchor`: one such key, one block; its kernel is the block's largest. `deploys_as`: where the fused convolution's weight
+    `anchor`: one such key, one block; its kernel is the block's largest, unless `largest` is. `deploys_as`: where the fused
+    convolution's weight
     and bias go, "" for the block's own name, None where the official deploy model keeps the layers as they are.
     `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether the
     keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
     `eps`: batch norm's by convention. `ordinary_name`: other networks use the deploy name too, so it tells nothing.
     `one_of_several`: more blocks may stand under the same prefix. `identity`: the norm of the input, which such a block has
     exactly where its map keeps width and resolution. `geometry_of`: the submodule whose attributes a pickled
-    block's stride, padding and dilation are, where that is not the anchor's.
+    block's stride, padding and dilation are, where that is not the anchor's. `is_dense`: a fully connected layer, stored as
+    (out, in). `fits_fused`: `fits`, for the fused form. `unread`: stored beside the block, and never read in evaluation.
+    `gives_up`: which outputs (out,) training has driven to zero, so that they may leave the network, and what is to be said.
     """
 
     anchor: str
@@ -53,6 +56,15 @@ class BlockKind:
     one_of_several: bool = False
     geometry_of: str | None = None
     identity: str | None = None
+    is_dense: bool = False
+    fits_fused: Callable[[Block], bool] = lambda block: True
+    unread: tuple[str, ...] = ()
+    gives_up: Callable[[Block], tuple[Tensor, str]] | None = None
+    largest: str | None = None
+
+    @property
+    def largest_kernel(self) -> str:
+        return self.largest or self.anchor
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +89,14 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a block stands, as its network says: stride, padding (None: half the largest kernel), channels that arrive."""
+    """Where a block stands, as its network says: stride, padding (None: half the largest kernel), channels that arrive, and
+    the tile that each place of them holds, if it is one."""
 
     in_channels: int | None = None
     stride: int = 1
     padding: int | None = None
     origin: Origin = "skeleton"
+    tile: Pair | None = None
 
 
 class Read(Protocol):
@@ -110,6 +124,10 @@ class Block:
     def __contains__(self, part: str) -> bool:
         return self.path(part) in self._keys
 
+    def holds(self, part: str) -> bool:
+        """Whether there is a tensor of that very name; `in` also finds what has parts of its own."""
+        return self.path(part) in self._keys.shapes
+
     def shape(self, part: str) -> tuple[int, ...]:
         """Raises InputError when the block has no such tensor."""
         path = self.path(part)
@@ -118,8 +136,10 @@ class Block:
         return self._keys.shapes[path]
 
     def kernel_shape(self, key: str) -> tuple[int, ...]:
-        """(out, in / groups, height, width). Raises InputError for anything else."""
+        """(out, in / groups, height, width); a fully connected layer has one tap. Raises InputError for anything else."""
         shape = self.shape(key)
+        if self.kind.is_dense and len(shape) == 2:
+            shape = (*shape, 1, 1)
         if len(shape) != 4 or 0 in shape:
             raise InputError(f"{self.path(key)} has shape {shape}; expected a kernel (out, in / groups, height, width)")
         return shape
@@ -144,12 +164,16 @@ class Block:
             raise InputError(f"{missing} is missing among {len(found)} parts that are numbered after it")
         return len(found)
 
+    def parts(self, prefix: str) -> tuple[str, ...]:
+        """The parts called prefix + a number, in numerical order: "repconv" -> ("repconv1", "repconv3")."""
+        return tuple(name.rpartition(".")[2] for name in self._keys.children(self.name, prefix))
+
     @property
     def _geometry_module(self) -> str:
         """The module whose attributes, in a pickled network, are the block's stride, padding, dilation and groups."""
         if self.kind.geometry_of is not None:
             return self.path(self.kind.geometry_of)
-        anchor = self.path(self.kind.anchor)
+        anchor = self.path(self.kind.largest_kernel)
         return anchor.removesuffix(".weight") if anchor.endswith(".weight") else anchor.rpartition(".")[0]
 
     def _geometry(self, name: str, convention: int, read: Callable[[object], int], origin: Origin | None = None) -> int:
@@ -160,7 +184,7 @@ class Block:
             convention=convention,
             origin=origin or self.place.origin,
             read=read,
-            is_plain=self.kind is PLAIN,
+            is_plain=self.kind is PLAIN or self.kind is DENSE,
         )
 
     @property
@@ -187,7 +211,9 @@ class Block:
 
         Raises InputError where a stated number contradicts the shapes.
         """
-        within = self.kernel_shape(self.kind.anchor)[1]
+        within = self.kernel_shape(self.kind.largest_kernel)[1]
+        if self.kind.is_dense:
+            return 1
         told = self.kind.inputs(self)
         if told is None and self.has_identity:
             told = math.prod(self.shape(f"{self.kind.identity}.running_mean"))
@@ -212,7 +238,7 @@ class Block:
 
     @property
     def in_channels(self) -> int:
-        return self.kernel_shape(self.kind.anchor)[1] * self.groups
+        return self.kernel_shape(self.kind.largest_kernel)[1] * self.groups
 
     def undilated(self, reason: str) -> None:
         """Raises InputError where somebody states a dilation that the block's own code does not support."""
@@ -255,9 +281,9 @@ class Block:
         """
         module = f"{part}.weight" if part else "weight"
         key = module if module in self or part not in self else part
-        *_, height, width = self.kernel_shape(key)
-        *_, tall, wide = self.kernel_shape(self.kind.anchor)
-        weight = self.tensor(key)
+        *_, height, width = shape = self.kernel_shape(key)
+        *_, tall, wide = self.kernel_shape(self.kind.largest_kernel)
+        weight = self.tensor(key).view(shape)
         mode = self.facts.attributes.get(self.path(part), {}).get("padding_mode", "zeros")
         if mode != "zeros" and max(height, width) > 1:
             raise InputError(
@@ -274,8 +300,10 @@ class Block:
                 raise InputError(
                     f"{self.path(key)}: a {height}x{width} kernel does not stand at the centre of the block's {tall}x{wide} one"
                 )
-            if not (tall % 2 and wide % 2):
-                raise InputError(f"{self.path(self.kind.anchor)}: a {tall}x{wide} kernel has no centre; odd sizes are expected")
+            if not (tall % 2 and wide % 2) and self.place.padding is None:
+                raise InputError(
+                    f"{self.path(self.kind.largest_kernel)}: a {tall}x{wide} kernel has no centre; odd sizes are expected"
+                )
             whole = self.dilation
             down = self.padding(whole * (tall // 2)) - whole * (tall // 2) + dilation * (height // 2)
             across = self.padding(whole * (wide // 2)) - whole * (wide // 2) + dilation * (width // 2)
@@ -290,6 +318,11 @@ class Block:
             self.groups if groups is None else groups,
         )
 
+    def biased(self, part: str) -> Conv:
+        """The centred convolution of `part`, which has a bias. Raises InputError where that is missing."""
+        self.shape(join(part, "bias"))
+        return self.conv(part)
+
     def norm(self, part: str) -> Norm:
         """The batch norm of `part`; without weight and bias it has no affine part."""
         affine = [join(part, "weight"), join(part, "bias")]
@@ -298,6 +331,10 @@ class Block:
         gamma, beta = map(self.tensor, affine) if affine else (None, None)
         mean, var = self.tensor(join(part, "running_mean")), self.tensor(join(part, "running_var"))
         return Norm(mean, var, gamma, beta, self.eps(part))
+
+    def scale(self, part: str) -> Scale:
+        """One factor per channel (LayerScale): a tensor of any shape with that many numbers."""
+        return Scale(self.tensor(part).flatten())
 
     def conv_norm(self, part: str, conv: str = "conv", norm: str = "bn") -> Linear:
         """`part`.conv, centred, then `part`.bn."""
@@ -324,27 +361,17 @@ class Block:
         return Identity(torch.ones(self.in_channels, dtype=torch.float64, device=self.tensor(self.kind.anchor).device))
 
 
-def pair(conv: str, norm: str, deploys_as: str | None = None) -> BlockKind:
-    """A convolution and the norm behind it, where a known network says that they follow each other.
-
-    Kept in the deploy weights unless `deploys_as` names where the official deploy model has the folded convolution.
-    """
-
-    def describe(block: Block) -> Linear:
-        # whoever folded the norm left its shift in a bias; without either the norm is missing
-        folded = deploys_as is None and f"{norm}.running_mean" not in block and f"{conv}.bias" in block
-        return block.conv(conv) if folded else block.conv(conv) >> block.norm(norm)
-
-    def fits(block: Block) -> bool:
-        return deploys_as is None or f"{norm}.running_mean" in block
-
-    return BlockKind(f"{conv}.weight", deploys_as, describe, fits=fits, found="in a network")
-
-
 PLAIN = BlockKind("weight", None, lambda block: block.conv(""), found="in a network")
 """A convolution that is already one, with or without a bias: squeeze-excite, for example."""
+DENSE = replace(PLAIN, fits=lambda block: len(block.shape("weight")) == 2, is_dense=True)
+"""A fully connected layer: on a vector, or at every place of a map."""
 NORM = BlockKind("running_mean", None, lambda block: block.norm(""), found="in a network")
 """A batch norm that stands alone."""
+SCALES = (
+    BlockKind("gamma", None, lambda block: block.scale("gamma"), found="in a network"),
+    BlockKind("", None, lambda block: block.scale(""), found="in a network"),
+)
+"""A factor per channel (LayerScale): timm's module, or the tensor itself."""
 
 
 MAX_STEP = 1 << 16

@@ -22,11 +22,12 @@ from repdeploy.digest import Digest, digest
 from repdeploy.errors import InputError
 from repdeploy.facts import Facts, Setting
 from repdeploy.family import Family, Read
-from repdeploy.inspection import describe_blocks, recognised, source_record
+from repdeploy.inspection import describe_blocks, is_parameter, parameters, recognised, source_record
 from repdeploy.keys import Keys, inside
 from repdeploy.network import squeeze
 from repdeploy.progress import Progress, each
 from repdeploy.proof import prove_network
+from repdeploy.pruning import Thinned, gives_up, thin
 from repdeploy.rebuild import not_finite, reader
 from repdeploy.recognise import COUNTER, Recognition, Slot, Table, keys_of
 from repdeploy.records import (
@@ -72,25 +73,60 @@ def convert(
         if len(failed) > MAX_REASONS:
             reasons.append(f"no known network: nor does any of {', '.join(item.family for item in failed[MAX_REASONS:])}")
         recognition = replace(recognition, notes=(*recognition.notes, *reasons))
-    described = _described(checkpoint, recognition, facts, hashing, request)
-    fusable = [slot for slot in recognition.slots if slot.form == "training"]
-    if not fusable:
+    recognition, thinned = _thinned(checkpoint, recognition, facts, request)
+    described = _described(checkpoint, recognition, facts, thinned, hashing, request)
+    fusable = any(slot.form == "training" for slot in recognition.slots)
+    if not fusable and not (thinned and thinned.report.removed):
         return Conversion(None, described, already_deployed=True)
     if request.dry_run:
         return Conversion(None, described)
     return deliver(
         target,
         described,
-        lambda folder: _fill(folder, checkpoint, recognition, facts, described, families, request, expect, progress),
+        lambda folder: _fill(folder, checkpoint, recognition, facts, thinned, described, families, request, expect, progress),
         request,
     )
 
 
-def _described(checkpoint: Checkpoint, recognition: Recognition, facts: Facts, hashing: Digest, request: Request) -> Manifest:
+def _thinned(
+    checkpoint: Checkpoint, recognition: Recognition, facts: Facts, request: Request
+) -> tuple[Recognition, Thinned | None]:
+    """What leaves the network, and the network without it. Raises InputError where that was asked for, and none is known."""
+    plan = recognition.plan
+    if plan is None:
+        if request.prune_dead:
+            raise InputError(
+                "--prune-dead needs the network around the blocks, which is not known here: nothing tells what reads a channel",
+                hint="leave --prune-dead out: the blocks are fused and proved one by one",
+            )
+        given_up = sum(slot.kind.gives_up is not None for slot in recognition.slots)
+        note = f"{given_up} compactors are folded and none of their rows is removed: what reads them is not known here"
+        return (replace(recognition, notes=(*recognition.notes, note)) if given_up else recognition), None
+    if not (request.prune_dead or gives_up(plan)):
+        return recognition, None
+    image = _image(request.input_shape) or plan.usual_shape
+    with gates.exact_arithmetic():
+        thinned = thin(plan, reader(checkpoint.tensors), facts, image, dead=request.prune_dead)
+    narrower = tuple(thinned.plan.slots[slot.name] for slot in recognition.slots)
+    return replace(recognition, plan=thinned.plan, slots=narrower), thinned
+
+
+def _described(
+    checkpoint: Checkpoint,
+    recognition: Recognition,
+    facts: Facts,
+    thinned: Thinned | None,
+    hashing: Digest,
+    request: Request,
+) -> Manifest:
     """The manifest before anything was proved or written: all that a dry run has to say."""
     reports, before, after = describe_blocks(checkpoint, recognition)
+    if thinned is not None:
+        narrowed, gone = thinned.stored(reader(checkpoint.tensors))
+        after += sum(tensor.numel() for key, tensor in narrowed.items() if is_parameter(key))
+        after -= parameters(checkpoint.tensors, [key for key in (*narrowed, *gone) if key in checkpoint.tensors])
     plan, recorded = recognition.plan, facts.record()
-    shape = request.input_shape or ((1, plan.channels, plan.skeleton.side, plan.skeleton.side) if plan else ())
+    shape = request.input_shape or ((1, *plan.usual_shape) if plan else ())
     return Manifest(
         source=source_record(checkpoint, hashing.result()),
         family=recognition.family,
@@ -113,6 +149,7 @@ def _described(checkpoint: Checkpoint, recognition: Recognition, facts: Facts, h
         tools=tool_versions(),
         notes=recognition.notes,
         norms=tuple(plan.norms.items()) if plan else (),
+        pruning=thinned.report if thinned else None,
     )
 
 
@@ -121,6 +158,7 @@ def _fill(
     checkpoint: Checkpoint,
     recognition: Recognition,
     facts: Facts,
+    thinned: Thinned | None,
     described: Manifest,
     families: Sequence[Family],
     request: Request,
@@ -135,16 +173,16 @@ def _fill(
             + ("--gates blocks leaves them out" if plan else "only blocks are known here"),
             hint="leave --expect out" + (" or use --gates all" if plan else ""),
         )
-    fused = _fuse(folder / WEIGHTS, checkpoint, recognition, facts, request, progress)
+    fused = _fuse(folder / WEIGHTS, checkpoint, recognition, facts, thinned, request, progress)
     checks, references_sha256 = list(fused.checks), None
     grade: Grade = "blocks only"
     if plan is not None and request.gates == "all":
         grade = "anchored" if expect is not None else "self-consistent"
-        network_checks, images, reference = prove_network(
-            folder / WEIGHTS, checkpoint, plan, facts, families, expect, request.seed, progress
-        )
-        checks += network_checks
-        save_references(folder / REFERENCES, {plan.gate_shape: (images.numpy(), reference.numpy())})
+        proof = prove_network(folder / WEIGHTS, checkpoint, plan, facts, families, thinned, expect, request.seed, progress)
+        checks += proof.checks
+        if described.pruning is not None:
+            described = replace(described, pruning=replace(described.pruning, cost=proof.pruning_cost))
+        save_references(folder / REFERENCES, {plan.gate_shape: (proof.images.numpy(), proof.reference.numpy())})
         references_sha256 = digest(folder / REFERENCES)
     residuals = {check.subject: check.error for check in fused.checks}
     return replace(
@@ -174,16 +212,23 @@ class _Fused:
 
 
 def _fuse(
-    path: Path, checkpoint: Checkpoint, recognition: Recognition, facts: Facts, request: Request, progress: Progress
+    path: Path,
+    checkpoint: Checkpoint,
+    recognition: Recognition,
+    facts: Facts,
+    thinned: Thinned | None,
+    request: Request,
+    progress: Progress,
 ) -> _Fused:
     """Squeeze and prove block by block (gate 1), and stream the deploy state dict."""
     dtype: torch.dtype = getattr(torch, request.dtype)
     tensors, keys = checkpoint.tensors, keys_of(checkpoint.tensors)
-    owner = {key: slot for slot in recognition.slots if slot.form == "training" for key in slot.consumed}
+    owner = {key: slot for slot in recognition.slots if slot.form == "training" for key in (*slot.consumed, *slot.unread_keys)}
     steps: list[tuple[str, Slot | None]] = []
     table: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     dropped: list[tuple[str, str]] = []
     done: set[str] = set()
+    narrowed, gone = thinned.stored(reader(tensors)) if thinned else ({}, set())
     for key, tensor in tensors.items():
         slot = owner.get(key) or owner.get(key.replace(COUNTER, "running_mean"))
         if slot is not None:
@@ -192,19 +237,30 @@ def _fuse(
                 steps.append((slot.label, slot))
                 weight, bias = slot.deploy_keys
                 _one_form_only(slot, tensors)
-                table[weight] = slot.squeezed.weight_shape, dtype
+                table[weight] = slot.weight_shape, dtype
                 table[bias] = (slot.squeezed.out_channels,), dtype
+        elif key in narrowed:
+            steps.append((key, None))
+            table[key] = tuple(narrowed[key].shape), dtype
+        elif key in gone or key.replace(COUNTER, "running_mean") in gone:
+            dropped.append((key, "a norm folded into its convolution, which lost channels"))
         elif reason := next((why for name, why in recognition.dropped.items() if inside(key, name)), None):
             dropped.append((key, reason))
         else:
             steps.append((key, None))
             table[key] = tensor.shape, dtype if tensor.dtype.is_floating_point else tensor.dtype
+    for key in [key for key in narrowed if key not in tensors]:  # a bias that took in a constant
+        steps.append((key, None))
+        table[key] = tuple(narrowed[key].shape), dtype
     checks: list[Check] = []
     read = reader(tensors)
     changes: dict[float, float] = {}
     assuming = set() if recognition.plan is not None else _assuming_eps(facts)
     with WeightsWriter(path, table) as writer, gates.exact_arithmetic():
         for name, slot in each(progress, "fusing and proving blocks", steps):
+            if slot is None and name in narrowed:
+                writer.write(name, narrowed[name].to(dtype))
+                continue
             if slot is None:
                 writer.write(name, _copied(name, tensors[name], table[name][1], recognition.plan is not None))
                 continue
@@ -214,8 +270,10 @@ def _fuse(
             if slot.name in assuming:
                 assumed = slot.kind.eps
                 changes[assumed] = max(changes.get(assumed, 0.0), _change_at(slot, read, facts, keys, fused))
+            if thinned is not None:
+                fused = thinned.fused(slot)
             weight, bias = slot.deploy_keys
-            writer.write(weight, fused.weight.to(dtype))
+            writer.write(weight, fused.weight.view(slot.weight_shape).to(dtype))
             writer.write(bias, fused.bias_or_zero().to(dtype))
     warnings = [
         f"eps = {assumed:g} is an assumption, no file or option states it: at {_other_eps(assumed):g} "

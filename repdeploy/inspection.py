@@ -86,9 +86,10 @@ def recognised(
 def describe_blocks(checkpoint: Checkpoint, recognition: Recognition) -> tuple[tuple[BlockReport, ...], int, int]:
     """Every block from its shapes alone, and the parameters before and after."""
     reports = tuple(_block_report(slot, checkpoint.tensors) for slot in recognition.slots)
-    before = sum(_parameters(checkpoint.tensors, [key]) for key in checkpoint.tensors)
+    unread = {key for slot in recognition.slots for key in slot.unread_keys}
+    before = parameters(checkpoint.tensors, [key for key in checkpoint.tensors if key not in unread])
     gone = [key for key in checkpoint.tensors if any(inside(key, name) for name in recognition.dropped)]
-    after = before - _parameters(checkpoint.tensors, gone) - sum(r.parameters_before - r.parameters_after for r in reports)
+    after = before - parameters(checkpoint.tensors, gone) - sum(r.parameters_before - r.parameters_after for r in reports)
     return reports, before, after
 
 
@@ -115,10 +116,13 @@ def source_record(checkpoint: Checkpoint, sha256: str) -> Source:
     )
 
 
-def _parameters(tensors: Table, keys: Iterable[str]) -> int:
+def parameters(tensors: Table, keys: Iterable[str]) -> int:
     """Trained numbers: running statistics and counters are none."""
-    statistics = ("running_mean", "running_var", COUNTER)
-    return sum(tensors[key].elements for key in keys if key.rpartition(".")[2] not in statistics)
+    return sum(tensors[key].elements for key in keys if is_parameter(key))
+
+
+def is_parameter(key: str) -> bool:
+    return key.rpartition(".")[2] not in ("running_mean", "running_var", COUNTER)
 
 
 def _block_report(slot: Slot, tensors: Table) -> BlockReport:
@@ -130,8 +134,8 @@ def _block_report(slot: Slot, tensors: Table) -> BlockReport:
         formula=slot.formula,
         kernel=fused.weight_shape,
         groups=fused.groups,
-        parameters_before=_parameters(tensors, slot.consumed),
-        parameters_after=after if slot.form == "training" else _parameters(tensors, slot.consumed),
+        parameters_before=parameters(tensors, slot.consumed),
+        parameters_after=after if slot.form == "training" else parameters(tensors, slot.consumed),
         source_keys=slot.consumed,
         deploy_keys=slot.deploy_keys,
         residual=None,

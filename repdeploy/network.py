@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from repdeploy.algebra import Conv, Linear, fixed
 from repdeploy.errors import CannotSqueeze
 from repdeploy.facts import Facts
 from repdeploy.family import Read
-from repdeploy.recognise import Plan, Table
+from repdeploy.recognise import Plan
 
 
 class ExpressionLayer(nn.Module):
@@ -52,7 +53,21 @@ class ConvLayer(nn.Module):
         return Conv(self.weight, self.bias, stride, pads, dilation, groups).run(x)
 
 
+class VectorLayer(nn.Module):
+    """An expression on vectors, run as on maps of one pixel: (batch, in) -> (batch, out)."""
+
+    def __init__(self, expression: Linear) -> None:
+        super().__init__()
+        self.on_map = ExpressionLayer(expression)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.on_map(x[..., None, None])
+        return result.flatten(1)
+
+
 class LinearLayer(nn.Module):
+    """A fully connected layer: (batch, in) -> (batch, out)."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight: Tensor
@@ -73,7 +88,7 @@ class Network(nn.Module):
         self.plan = plan
         for path, layer in layers.values():
             _place(self, path, layer)
-        self._net = _Running(plan, {slot: layer for slot, (_, layer) in layers.items()})
+        self._net = Running(plan, {slot: layer for slot, (_, layer) in layers.items()})
 
     def forward(self, x: Tensor) -> Tensor:
         return self.plan.skeleton.forward(self._net, x)
@@ -81,11 +96,11 @@ class Network(nn.Module):
     def outputs_by_slot(self, x: Tensor) -> dict[str, Tensor]:
         """Every slot's output on the way, in order: to name the first block that differs."""
         seen: dict[str, Tensor] = {}
-        self.plan.skeleton.forward(_Running(self.plan, self._net.layers, seen), x)
+        self.plan.skeleton.forward(Running(self.plan, self._net.layers, seen), x)
         return seen
 
 
-class _Running:
+class Running:
     """The net that a skeleton sees when the network runs."""
 
     def __init__(self, plan: Plan, layers: Mapping[str, nn.Module], seen: dict[str, Tensor] | None = None) -> None:
@@ -101,10 +116,13 @@ class _Running:
     def norm(self, name: str, x: Tensor, *, why: str) -> Tensor:
         return self.at(name, x)
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
+    def linear(self, name: str, x: Tensor, *, before: str | None = None) -> Tensor:
         return self.at(name, x)
 
-    def fact(self, name: str, convention: Any) -> Any:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.plan.keys.shapes[name]
+
+    def fact(self, name: str, convention: Any, **described: object) -> Any:
         return self.plan.facts[name]
 
     def __contains__(self, name: str) -> bool:
@@ -122,11 +140,10 @@ class _Running:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A recognised network over its tensors, in float64: an expression per slot, weight and bias per linear layer."""
+    """A recognised network over its tensors, in float64: an expression per slot."""
 
     plan: Plan
     expressions: Mapping[str, Linear]
-    linears: Mapping[str, tuple[Tensor, Tensor | None]]
 
     def network(self, *, squeezed: bool, dtype: torch.dtype, static: bool = False) -> Network:
         """`squeezed`: one convolution per slot (a norm that stands alone stays one), else its expression; `static`: with
@@ -138,14 +155,14 @@ class Description:
         for name, expression in self.expressions.items():
             if squeezed or isinstance(expression, Conv):
                 conv = squeeze(name, expression)
+            slot = self.plan.slots[name]
             if (squeezed and name not in self.plan.norms) or isinstance(expression, Conv):
                 conv = conv.map(lambda tensor: tensor.to(dtype))
-                layers[name] = self.plan.slots[name].deploy_module, ConvLayer(conv)
+                dense = LinearLayer(conv.weight.flatten(1), conv.bias) if slot.on_vector else ConvLayer(conv)
+                layers[name] = slot.deploy_module, dense
             else:
-                literal = fixed(expression) if static else expression
-                layers[name] = name, ExpressionLayer(literal.map(lambda tensor: tensor.to(dtype)))
-        for name, (weight, bias) in self.linears.items():
-            layers[name] = name, LinearLayer(weight.to(dtype), None if bias is None else bias.to(dtype))
+                literal = (fixed(expression) if static else expression).map(lambda tensor: tensor.to(dtype))
+                layers[name] = name, VectorLayer(literal) if slot.on_vector else ExpressionLayer(literal)
         return Network(self.plan, layers).eval()
 
 
@@ -157,13 +174,13 @@ def squeeze(name: str, expression: Linear) -> Conv:
         raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
 
 
-def describe(plan: Plan, tensors: Table, read: Read, facts: Facts) -> Description:
-    """Describe every slot over the tensors that `read` gives in float64; training-time and deploy files alike."""
-    expressions = {name: slot.describe_whole(read, facts, plan.keys) for name, slot in plan.slots.items()}
-    linears = {
-        name: (read(f"{name}.weight"), read(f"{name}.bias") if f"{name}.bias" in tensors else None) for name in plan.linears
-    }
-    return Description(plan, expressions, linears)
+def describe(plan: Plan, read: Read, facts: Facts, silenced: Mapping[str, Tensor] = MappingProxyType({})) -> Description:
+    """Every slot over the tensors that `read` gives in float64; training-time and deploy files alike.
+
+    `silenced`: per slot, which of its outputs (out,) count as zero.
+    """
+    slots = plan.slots.items()
+    return Description(plan, {name: slot.describe_whole(read, facts, plan.keys, silenced.get(name)) for name, slot in slots})
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from repdeploy import gates
-from repdeploy.algebra import Identity, Linear, Scale, Series, Shift
+from repdeploy.algebra import Conv, Identity, Linear, Scale, Series, Shift
 from repdeploy.checkpoint import Checkpoint
 from repdeploy.checkpoint.wrappers import GEOMETRY
 from repdeploy.delivery import Request, recorded
@@ -243,8 +243,11 @@ def _both_roads(
             if item is None or len(regions) > 1 or not consumed.issuperset(item.report.source_keys):
                 continue  # part of a larger region, which is proved as a whole, or one layer, which no region took in
             block = slot.describe_whole(read, facts, keys)
-            if _at_its_ends(item.region.reading.expression) > _at_its_ends(block):
-                continue  # the region has operators of the graph as well: a residual sum, a hard sigmoid's constants
+            expression = item.region.reading.expression
+            if _at_its_ends(expression) > _at_its_ends(block) or (_ends_in_scale(block) and not _ends_in_scale(expression)):
+                continue  # the region has operators of the graph as well, or lacks some: a residual sum, a scale further on
+            if _convolutions(expression) > _convolutions(block):
+                continue  # it begins with a layer before the block, which others read as well
             found += 1
             ours, theirs = squeeze(slot.label, block), item.region.conv
             if ours.geometry != theirs.geometry:
@@ -264,6 +267,15 @@ def _at_its_ends(expression: Linear) -> int:
     parts = tuple(expression.children()) or (expression,)
     ends = (parts[0], parts[-1]) if isinstance(expression, Series) else parts
     return sum(isinstance(part, Scale | Shift | Identity) for part in ends)
+
+
+def _ends_in_scale(expression: Linear) -> bool:
+    return isinstance(expression, Series) and isinstance(expression.parts[-1], Scale)
+
+
+def _convolutions(expression: Linear) -> int:
+    """Those inside, branches and series alike."""
+    return isinstance(expression, Conv) + sum(map(_convolutions, expression.children()))
 
 
 def attributes_of(network: nn.Module) -> dict[str, dict[str, object]]:

@@ -68,12 +68,14 @@ def convert(
     model: str | None = None,
     model_args: str | Mapping[str, object] | None = None,
     force_squeeze: bool = False,
+    prune_dead: bool = False,
     progress: Progress = silent,
 ) -> Conversion:
     """Fuse a training checkpoint, or squeeze an ONNX graph; prove the result, write a bundle.
 
     `model` (package.module:factory, path/to/file.py:factory or timm:NAME) builds the user's own network, called with
-    `model_args`, a mapping or its JSON; the checkpoint is loaded into it and its graph is squeezed.
+    `model_args`, a mapping or its JSON; the checkpoint is loaded into it and its graph is squeezed. `prune_dead`: channels
+    that are the same constant everywhere, or that nothing reads, leave the fused network.
     Raises UsageError, InputError and VerificationFailed (repdeploy.errors), each with its hint and exit status.
     """
     _one_of("--gates", gates, ("all", "blocks"))
@@ -86,11 +88,16 @@ def convert(
         _only_for_checkpoints(
             family=family, arch=arch, set=settings or None, model=model, model_args=model_args,
             weights=None if weights == "model" else weights, dtype=None if dtype == "float32" else dtype,
+            prune_dead=prune_dead or None,
         )  # fmt: skip
         _require_file(path)
     elif model is None and (model_args is not None or force_squeeze):
         flag = "--model-args" if model_args is not None else "--force-squeeze"
         raise UsageError(f"{flag} goes with --model or an ONNX file: a checkpoint alone has no graph")
+    if model is not None and prune_dead:
+        raise UsageError(
+            "--prune-dead works on networks that are known here, not on the graph of --model", hint="leave one of them out"
+        )
     hashing = Digest(path)
     from repdeploy.bundle import SUFFIX
     from repdeploy.delivery import Request
@@ -109,6 +116,7 @@ def convert(
         model=model,
         model_args=json.dumps(model_args) if isinstance(model_args, Mapping) else model_args,
         force_squeeze=force_squeeze or None,
+        prune_dead=prune_dead or None,
     )
     request = Request(
         family=family,
@@ -123,6 +131,7 @@ def convert(
         keep_failed=keep_failed,
         seed=seed,
         force_squeeze=force_squeeze,
+        prune_dead=prune_dead,
         command=command,
     )
     target = Path(output) if output is not None else Path(f"{stem(path)}{SUFFIX}")

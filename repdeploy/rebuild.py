@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,19 +61,20 @@ def rebuilt(
     facts: Iterable[Fact],
     image: Image,
     *,
+    owners: Collection[str],
     squeezed: bool,
     dtype: torch.dtype = torch.float32,
     static: bool = False,
 ) -> Network:
-    """The network that these tensors are, described with the facts a bundle recorded.
+    """The network that these tensors are, described with the facts a bundle recorded; `owners`: the families of its blocks.
 
     Raises IllegalInput where it cannot take the image, InputError where it is no known network.
     """
     known = Facts(settings_of(facts, fact_kinds(families)))
-    recognition = recognise(tensors, families, known, input_shape=image)
+    recognition = recognise(tensors, families, known, input_shape=image, fused_of=owners)
     if recognition.plan is None:
         raise InputError("the weights are no network that is known here", hint="convert the checkpoint again")
-    description = describe(recognition.plan, tensors, reader(tensors), known)
+    description = describe(recognition.plan, reader(tensors), known)
     return description.network(squeezed=squeezed, dtype=dtype, static=static)
 
 
@@ -91,14 +92,16 @@ def check_image(bundle: Bundle, families: Sequence[Family], shape: tuple[int, ..
     """The image part of an input shape. Raises InputError or IllegalInput where the bundle's network cannot take it."""
     _, channels, height, width = shape
     known = Facts(settings_of(bundle.manifest.facts, fact_kinds(families)))
-    recognise(bundle.tensors(), families, known, input_shape=(channels, height, width))
+    owners = bundle.manifest.families
+    recognise(bundle.tensors(), families, known, input_shape=(channels, height, width), fused_of=owners)
     return channels, height, width
 
 
 def deploy_network(bundle: Bundle, families: Sequence[Family], image: Image, dtype: torch.dtype = torch.float32) -> Network:
     """The fused network of a bundle. Raises InputError or IllegalInput."""
     require_network(bundle)
-    return rebuilt(bundle.tensors(), families, bundle.manifest.facts, image, squeezed=True, dtype=dtype)
+    manifest = bundle.manifest
+    return rebuilt(bundle.tensors(), families, manifest.facts, image, owners=manifest.families, squeezed=True, dtype=dtype)
 
 
 def training_twin(bundle: Bundle, families: Sequence[Family], image: Image, *, static: bool = False) -> Network:
@@ -107,8 +110,9 @@ def training_twin(bundle: Bundle, families: Sequence[Family], image: Image, *, s
     `static`: to be exported; kernels that training generates at every step are then generated once.
     """
     require_network(bundle)
-    tensors = synthetic(bundle.manifest.training)
-    return rebuilt(tensors, families, bundle.manifest.facts, image, squeezed=False, static=static)
+    manifest = bundle.manifest
+    tensors = synthetic(manifest.training)
+    return rebuilt(tensors, families, manifest.facts, image, owners=manifest.families, squeezed=False, static=static)
 
 
 def synthetic(structure: Mapping[str, TensorShape]) -> dict[str, StoredTensor]:

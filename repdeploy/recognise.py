@@ -6,8 +6,10 @@ whose anchors are unmistakable are still found, one by one.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal
@@ -15,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from repdeploy.algebra import Geometry, Linear
+from repdeploy.algebra import Channelwise, Geometry, Linear, Pair, Scale
 from repdeploy.checkpoint import StoredTensor
 from repdeploy.errors import CannotSqueeze, IllegalInput, InputError, NotRecognised, UsageError
 from repdeploy.facts import Facts, Setting
-from repdeploy.family import NORM, PLAIN, Block, BlockKind, Family, Place, Read
+from repdeploy.family import DENSE, NORM, PLAIN, SCALES, Block, BlockKind, Family, Place, Read
 from repdeploy.keys import Keys, inside, join
-from repdeploy.records import Fact, Match, NoMatch
+from repdeploy.records import Fact, Match, NoMatch, Origin
 from repdeploy.skeletons import Architecture, Skeleton
 
 Table = Mapping[str, StoredTensor]
@@ -40,8 +42,11 @@ Form = Literal["training", "deployed", "kept"]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One place of a network and the block found there. `before`, `behind`: batch norms that are stored under names of
-    their own and belong to it when it runs."""
+    """One place of a network and the block found there.
+
+    `before`, `behind`: batch norms and scales that are stored under names of their own and belong to it when it runs;
+    `positions`: places that share a channel of the norm before it; `on_vector`: its input has no height and width.
+    """
 
     name: str
     family: str
@@ -53,6 +58,8 @@ class Slot:
     squeezed: Geometry
     before: Slot | None = None
     behind: Slot | None = None
+    positions: int = 1
+    on_vector: bool = False
 
     @property
     def label(self) -> str:
@@ -69,6 +76,16 @@ class Slot:
         return join(self.deploy_module, "weight"), join(self.deploy_module, "bias")
 
     @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """As the squeezed weight is stored: (out, in / groups, height, width), or (out, in) for a fully connected layer."""
+        return self.squeezed.weight_shape[: 2 if self.kind.is_dense else 4]
+
+    @property
+    def unread_keys(self) -> tuple[str, ...]:
+        """Stored beside the block, without a number of the network."""
+        return tuple(join(self.name, part) for part in self.kind.unread)
+
+    @property
     def parts(self) -> tuple[Slot, ...]:
         """Itself and the norms around it, in the order they run."""
         return tuple(part for part in (self.before, self, self.behind) if part is not None)
@@ -77,21 +94,28 @@ class Slot:
         """The block over real tensors, without the norms around it; `read` gives them in the wanted dtype."""
         return self.kind.describe(Block(self.name, self.kind, keys, read, facts, self.place))
 
-    def describe_whole(self, read: Read, facts: Facts, keys: Keys) -> Linear:
-        """The block between the norms around it."""
-        return reduce(Linear.__rshift__, (part.describe(read, facts, keys) for part in self.parts))
+    def describe_whole(self, read: Read, facts: Facts, keys: Keys, silenced: Tensor | None = None) -> Linear:
+        """The block between the norms around it; `silenced`: which of its own outputs (out,) count as zero."""
+        described: list[Linear] = [part.describe(read, facts, keys) for part in self.parts]
+        if silenced is not None:
+            own = self.parts.index(self)
+            described[own] = described[own] >> Scale((~silenced).double())
+        if self.positions > 1:
+            assert isinstance(described[0], Channelwise)
+            described[0] = described[0].repeated(self.positions)
+        return reduce(Linear.__rshift__, described)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A recognised network: its skeleton, what stands at each slot, and which inputs were found legal.
 
-    `norms`: batch norms that stand alone, and why; `facts`: the network's own; `stages`: per stage, its slots' names.
+    `norms`: batch norms that stand alone, and why; `facts`: the network's own; `stages`: per stage, its slots' names;
+    `usual_shape`: of the images it was published for, where it takes them, else the gates'.
     """
 
     skeleton: Skeleton
     slots: Mapping[str, Slot]
-    linears: tuple[str, ...]
     norms: Mapping[str, str]
     facts: Mapping[str, Any]
     stages: Mapping[str, tuple[str, ...]]
@@ -99,6 +123,7 @@ class Plan:
     keys: Keys
     channels: int
     gate_shape: Shape
+    usual_shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +142,7 @@ class Recognition:
 
     @property
     def already_deployed(self) -> bool:
-        return bool(self.slots) and all(slot.form == "deployed" for slot in self.slots)
+        return (self.plan is not None or bool(self.slots)) and all(slot.form == "deployed" for slot in self.slots)
 
 
 def keys_of(tensors: Table) -> Keys:
@@ -133,13 +158,16 @@ def recognise(
     input_shape: Shape | None = None,
     stored_name: str | None = None,
     arch: str | None = None,
+    fused_of: Collection[str] = (),
 ) -> Recognition:
     """Find blocks, then the network around them. `family` and `arch` are what the user said; shapes decide.
+
+    `fused_of`: families whose fused networks these tensors may be, though their names tell nothing.
 
     Raises NotRecognised when no block is found, InputError for a contradiction, IllegalInput for `input_shape`.
     """
     keys = keys_of(tensors)
-    found = {item.name: _matches(item, keys, facts, named=item.name == family) for item in families}
+    found = {item.name: _matches(item, keys, facts, item.name == family, item.name in (family, *fused_of)) for item in families}
     matched = [item for item in families if isinstance(found[item.name], Match)]
     if family is not None:
         reason = found[family]
@@ -181,7 +209,7 @@ def recognise(
                 + "; ".join(item.reason for item in tried if isinstance(item, NoMatch)),
                 hint="leave --input-shape and --expect out: the blocks are fused and proved one by one",
             )
-    if not slots:
+    if not slots and plan is None:
         reasons = "; ".join(item.reason for item in tried if isinstance(item, NoMatch))
         raise NotRecognised(f"no whole block is in this file: {reasons}")
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
@@ -196,8 +224,8 @@ def recognise(
         skeletons=tuple(tried),
         plan=plan,
         slots=slots,
-        family=owners[0],
-        families=owners,
+        family=owners[0] if owners else matched[0].name,
+        families=owners or (matched[0].name,),
         architecture=name,
         notes=notes,
         dropped=plan.dropped if plan else {},
@@ -298,12 +326,13 @@ def _examples(tensors: Table) -> str:
     return ", ".join(list(tensors)[:3])
 
 
-def _matches(family: Family, keys: Keys, facts: Facts, named: bool) -> Match | NoMatch:
+def _matches(family: Family, keys: Keys, facts: Facts, named: bool, may_be_fused: bool) -> Match | NoMatch:
     telling = [kind for kind in family.kinds if kind.found == "by key" or (kind.found == "when named" and named)]
     training = sum(len(_standing(kind, keys)) for kind in telling)
     training += sum(len(_pickled_as(kind, keys, facts)) for kind in family.kinds if kind not in telling)
-    deployed = {kind.deploys_as: _deployed(kind) for kind in telling if kind.deploys_as and not kind.ordinary_name}
-    fused = sum(len(_standing(kind, keys)) for kind in deployed.values())
+    fused_kinds = family.kinds if may_be_fused else [kind for kind in telling if not kind.ordinary_name]
+    deployed = [_deployed(kind) for kind in fused_kinds if kind.deploys_as is not None]
+    fused = len({join(name, kind.anchor) for kind in deployed for name in _standing(kind, keys)})
     if training or fused:
         return Match(family.name, training, fused)
     anchors = " or ".join(dict.fromkeys(repr(kind.anchor) for kind in telling if not kind.ordinary_name))
@@ -350,13 +379,18 @@ def _levels_above(name: str) -> Iterable[str]:
 def _deployed(kind: BlockKind) -> BlockKind:
     """The fused form of a block, as the official deploy model keeps it."""
     where = kind.deploys_as or ""
+
+    def is_dense(block: Block) -> bool:
+        return len(block.shape(join(where, "weight"))) == 2
+
     return BlockKind(
         join(where, "weight"),
         where,
         lambda block: block.conv(where),
-        fits=lambda block: join(where, "bias") in block,
+        fits=lambda block: join(where, "bias") in block and is_dense(block) == kind.is_dense and kind.fits_fused(block),
         found=kind.found,
         ordinary_name=kind.ordinary_name,
+        is_dense=kind.is_dense,
     )
 
 
@@ -369,15 +403,18 @@ def _slot_at(
     place: Place,
 ) -> Slot | None:
     """The block under a name, described on shapes alone; None where nothing known stands there."""
+    found = _kind_at(name, kinds, keys)
+    return None if found is None else _slot(name, *found, tensors, keys, facts, place)
+
+
+def _kind_at(name: str, kinds: Sequence[tuple[Family, BlockKind]], keys: Keys) -> tuple[str, BlockKind, Form] | None:
+    """Whose block stands under a name, and in which form."""
     choices: list[tuple[str, BlockKind, Form]] = [
         (family.name, kind, "kept" if kind.deploys_as is None else "training") for family, kind in kinds
     ]
-    choices += [(family.name, _deployed(kind), "deployed") for family, kind in kinds if kind.deploys_as]
-    choices.append(("", PLAIN, "kept"))
-    for owner, kind, form in choices:
-        if _stands_at(name, kind, keys):
-            return _slot(name, owner, kind, form, tensors, keys, facts, place)
-    return None
+    choices += [(family.name, _deployed(kind), "deployed") for family, kind in kinds if kind.deploys_as is not None]
+    choices += [("", DENSE, "kept"), ("", PLAIN, "kept")]
+    return next((choice for choice in choices if _stands_at(name, choice[1], keys)), None)
 
 
 def _slot(name: str, owner: str, kind: BlockKind, form: Form, tensors: Table, keys: Keys, facts: Facts, place: Place) -> Slot:
@@ -389,6 +426,8 @@ def _slot(name: str, owner: str, kind: BlockKind, form: Form, tensors: Table, ke
     try:
         expression = kind.describe(block)
         squeezed = expression.geometry
+        if kind.gives_up is not None:
+            kind.gives_up(block)  # facts that only numbers need are known from here on
     except CannotSqueeze as reason:
         raise CannotSqueeze(f"block {name or '(the whole file)'}: {reason}", hint=reason.hint) from reason
     except (ValueError, RuntimeError, TypeError, IndexError) as reason:  # torch's answers to shapes that do not meet
@@ -407,7 +446,7 @@ def _nothing_left(block: Block, keys: Keys) -> None:
     """
     if block.kind.found == "in a network" or block.kind.one_of_several:
         return
-    consumed = set(block.consumed)
+    consumed = {*block.consumed, *map(block.path, block.kind.unread)}
     parts = {key.removeprefix(f"{block.name}." if block.name else "").split(".")[0] for key in consumed}
     for part in parts:
         for key in keys.below(block.path(part)):
@@ -431,11 +470,17 @@ class _Planner:
     """
 
     def __init__(
-        self, skeleton: Skeleton, tensors: Table, keys: Keys, kinds: Sequence[tuple[Family, BlockKind]], facts: Facts
+        self,
+        skeleton: Skeleton,
+        tensors: Table,
+        keys: Keys,
+        kinds: Sequence[tuple[Family, BlockKind]],
+        facts: Facts,
+        image_is_stated: bool,
     ) -> None:
         self.skeleton, self.tensors, self.keys, self.kinds, self.facts = skeleton, tensors, keys, kinds, facts
+        self.image_is_stated = image_is_stated
         self.slots: dict[str, Slot] = {}
-        self.linears: dict[str, None] = {}
         self.dropped: dict[str, str] = {}
         self.norms: dict[str, str] = {}
         self.answers: dict[str, Any] = {}
@@ -451,37 +496,44 @@ class _Planner:
         padding: int | None = None,
         before: str | None = None,
         behind: str | None = None,
+        tile: Pair | None = None,
     ) -> Tensor:
-        slot = self.slots.get(name)
+        if name not in self.slots:
+            self.slots[name] = self._found(name, Place(x.shape[1], stride, padding, tile=tile), before, behind)
+        return self._through(self.slots[name], x)
+
+    def _found(self, name: str, place: Place, before: str | None = None, behind: str | None = None) -> Slot:
+        slot = _slot_at(name, self.kinds, self.tensors, self.keys, self.facts, place)
         if slot is None:
-            place = Place(x.shape[1], stride, padding)
-            slot = _slot_at(name, self.kinds, self.tensors, self.keys, self.facts, place)
-            if slot is None:
-                there = [key for key in self.tensors if inside(key, name)][:2]
-                raise NotRecognised(f"nothing known stands at {name} ({', '.join(there) or 'no key'})")
-            if before is not None:
-                slot = replace(slot, before=self._norm(before, slot.squeezed.in_channels))
-            # whoever folded the norm behind a plain convolution left its shift in a bias
-            is_folded = slot.kind is PLAIN and join(name, "bias") in slot.consumed
-            if behind is not None and (behind in self.keys or not is_folded):
-                slot = replace(slot, behind=self._norm(behind, slot.squeezed.out_channels))
-            self.slots[name] = slot
-        return self._through(slot, x)
+            there = [key for key in self.tensors if inside(key, name)][:2]
+            raise NotRecognised(f"nothing known stands at {name} ({', '.join(there) or 'no key'})")
+        if before is not None:
+            norm = self._channelwise(before, slot.squeezed.in_channels, math.prod(place.tile or (1,)))
+            slot = replace(slot, before=norm, positions=slot.squeezed.in_channels // norm.squeezed.in_channels)
+        # whoever folded the norm behind a plain convolution left its shift in a bias
+        is_folded = slot.kind is PLAIN and join(name, "bias") in slot.consumed
+        if behind is not None and (behind in self.keys or not is_folded):
+            slot = replace(slot, behind=self._channelwise(behind, slot.squeezed.out_channels))
+        return slot
 
     def norm(self, name: str, x: Tensor, *, why: str) -> Tensor:
         if name not in self.slots:
-            self.slots[name] = self._norm(name, x.shape[1])
+            self.slots[name] = self._channelwise(name, x.shape[1])
             self.norms[name] = why
         return self._through(self.slots[name], x)
 
-    def _norm(self, name: str, channels: int) -> Slot:
-        if not _stands_at(name, NORM, self.keys):
+    def _channelwise(self, name: str, channels: int, positions: int = 1) -> Slot:
+        """The batch norm or the scale of that name, for so many channels, or with one channel for all positions of a tile."""
+        kind = next((kind for kind in (NORM, *SCALES) if _stands_at(name, kind, self.keys)), None)
+        if kind is None:
             raise InputError(
-                f"the batch norm {name} is missing, without which this is another network",
+                f"{name} is missing (a batch norm or a scale), without which this is another network",
                 hint="save the whole state dict again; a norm folded into its convolution leaves a bias there",
             )
-        slot = _slot(name, "", NORM, "kept", self.tensors, self.keys, self.facts, Place(channels))
-        if slot.squeezed.in_channels != channels:
+        slot = _slot(name, "", kind, "kept", self.tensors, self.keys, self.facts, Place(channels))
+        if kind in SCALES and slot.squeezed.in_channels != channels:
+            raise InputError(f"{name} has {slot.squeezed.in_channels} factors, the layer before it gives {channels} channels")
+        if slot.squeezed.in_channels not in (channels, channels / positions):
             raise NotRecognised(f"{name} takes {slot.squeezed.in_channels} channels, the layer before it gives {channels}")
         return slot
 
@@ -492,26 +544,41 @@ class _Planner:
             )
         return x.new_empty(0, slot.squeezed.out_channels, *slot.squeezed.output_size(*x.shape[2:]))
 
-    def fact(self, name: str, convention: Any) -> Any:
+    def fact(
+        self,
+        name: str,
+        convention: Any,
+        *,
+        fits: Callable[[Any], bool] = lambda value: True,
+        image_says: str = "",
+        question: str = "",
+    ) -> Any:
         if name not in self.answers:
             if name not in {kind.name for kind in self.skeleton.facts}:
                 raise LookupError(f"the skeleton {self.skeleton.name} asks for {name!r}, which it does not declare")
-            self.answers[name] = self.facts.resolve("", name, convention=convention)
+            self.facts = self.facts.without_hints(name, fits)
+            nothing_tells = convention is None or (image_says and not self.image_is_stated)
+            if nothing_tells and self.facts.stated("", name) is None:
+                given = f"; the image leaves open: {image_says}" if image_says and self.image_is_stated else ""
+                other = "" if self.image_is_stated else ", or give the size of its images with --input-shape, which may tell"
+                raise InputError(f"{question}{given}", hint=f"state it with --set {name}=...{other}")
+            origin: Origin = "image" if image_says else "skeleton"
+            self.answers[name] = self.facts.resolve("", name, convention=convention, origin=origin)
         return self.answers[name]
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        shape = self.tensors[f"{name}.weight"].shape if f"{name}.weight" in self.tensors else ()
-        if len(shape) != 2:
-            raise NotRecognised(f"{name} is no fully connected layer")
-        if x.shape[1] != shape[1]:
+    def linear(self, name: str, x: Tensor, *, before: str | None = None) -> Tensor:
+        if name not in self.slots:
+            slot = self._found(name, Place(x.shape[1]), before)
+            if not slot.kind.is_dense:
+                raise NotRecognised(f"{name} is no fully connected layer")
+            self.slots[name] = replace(slot, on_vector=True)
+        shape = self.slots[name].squeezed
+        if x.shape[1] != shape.in_channels:
             raise IllegalInput(
-                f"the image does not fit: {name} takes {shape[1]} numbers, the layer before it gives {x.shape[1]}",
+                f"the image does not fit: {name} takes {shape.in_channels} numbers, the layer before it gives {x.shape[1]}",
                 hint="such a network takes one range of sizes; convert without --input-shape finds the smallest",
             )
-        if f"{name}.bias" in self.tensors and self.tensors[f"{name}.bias"].shape != shape[:1]:
-            raise NotRecognised(f"{name}.bias does not belong to {name}.weight")
-        self.linears[name] = None
-        return x.new_empty(0, shape[0])
+        return x.new_empty(0, shape.out_channels)
 
     def __contains__(self, name: str) -> bool:
         return name in self.keys
@@ -524,6 +591,11 @@ class _Planner:
             raise NotRecognised(f"a number is missing among {', '.join(found[:3])} ... {found[-1]}")
         self.stages[name] = found
         return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.keys.shapes:
+            raise NotRecognised(f"{name} is not there")
+        return self.keys.shapes[name]
 
     def drop(self, name: str, reason: str) -> None:
         if name in self.keys:
@@ -544,7 +616,7 @@ class _Planner:
 
     def left_over(self) -> list[str]:
         used = {key for slot in self.slots.values() for part in slot.parts for key in part.consumed}
-        used |= {f"{name}.{part}" for name in self.linears for part in ("weight", "bias")}
+        used |= {key for slot in self.slots.values() for key in slot.unread_keys}
         return [
             key
             for key in self.tensors
@@ -560,7 +632,7 @@ def _fit(
     facts: Facts,
     input_shape: Shape | None,
 ) -> Plan | NoMatch:
-    planner = _Planner(skeleton, tensors, keys, kinds, facts.unrecorded())
+    planner = _Planner(skeleton, tensors, keys, kinds, facts.unrecorded(), input_shape is not None)
     try:
         channels = _input_channels(skeleton, planner)
         if input_shape is None:
@@ -582,7 +654,6 @@ def _fit(
     return Plan(
         skeleton=skeleton,
         slots=planner.slots,
-        linears=tuple(planner.linears),
         norms=planner.norms,
         facts=planner.answers,
         stages=planner.stages,
@@ -590,17 +661,27 @@ def _fit(
         keys=planner.keys,
         channels=channels,
         gate_shape=shape,
+        usual_shape=_usual_shape(planner, channels, shape),
     )
+
+
+def _usual_shape(planner: _Planner, channels: int, gate_shape: Shape) -> Shape:
+    side = planner.skeleton.side
+    try:
+        planner.trial((channels, side, side))
+    except IllegalInput as reason:
+        return (channels, *reason.fits) if reason.fits else gate_shape
+    return channels, side, side
 
 
 def _input_channels(skeleton: Skeleton, planner: _Planner) -> int:
     """The stem has one group, so its kernel's second dimension is the image's channels."""
     for name in skeleton.stems:
         if name in planner:
-            aside = planner.facts.unrecorded()
-            slot = _slot_at(name, planner.kinds, planner.tensors, planner.keys, aside, Place())
-            if slot is not None:
-                return slot.squeezed.in_channels
+            found = _kind_at(name, planner.kinds, planner.keys)
+            if found is not None:
+                block = Block(name, found[1], planner.keys, _unread, Facts(), Place())
+                return found[1].inputs(block) or block.kernel_shape(found[1].largest_kernel)[1]
     raise NotRecognised(f"no stem: nothing known stands at {' or '.join(skeleton.stems)}")
 
 
@@ -627,6 +708,12 @@ def _smallest_shape(planner: _Planner, channels: int) -> Shape:
         for side in range(25, 65):  # networks for one small data set, whose fully connected layers fix the map
             if shape := legal(side, interior):
                 return shape
+    fits = reasons[-1].fits
+    if fits is not None:
+        for height, width in ((fits[0] | 1, fits[1] | 1), fits):
+            with contextlib.suppress(IllegalInput):
+                planner.trial((channels, height, width))
+                return channels, height, width
     raise NotRecognised(str(reasons[-1]))
 
 
@@ -696,7 +783,9 @@ def _architecture(
         if _is(item, seen) and all((fact, str(value)) in used for fact, value in item.facts.items())
     ]
     called = _names_in(stored or "")
-    name = arch or next((item for item in fitting if _plain_name(item) in called), next(iter(fitting), None))
+    own_name = next((item for item in fitting if _plain_name(item) in called), None)
+    different = list({id(table[item]): item for item in reversed(fitting)}.values())[::-1]  # a variant may have two names
+    name = arch or own_name or " or ".join(different) or None
     notes: tuple[str, ...] = ()
     if stored is not None and _plain_name(name or "") not in called:
         notes = (f"the file calls itself {stored}; its shapes are {name or own}, and shapes win",)
@@ -712,15 +801,22 @@ def _measured(plan: Plan) -> Architecture:
     """Depths and widths of a network, stage by stage, in the order its blocks are met."""
     stages: dict[str, int] = {}
     groups = 1
+    numbered = {name for name, children in plan.stages.items() if not _holds_stages(children, plan)}
     for name, slot in plan.slots.items():
-        if not slot.family:
+        if not slot.family or slot.on_vector:
             continue
-        stage = max((item for item in plan.stages if inside(name, item)), key=len, default=name)
+        stage = max((item for item in numbered if inside(name, item)), key=len, default=name)
         stages[stage] = slot.squeezed.out_channels
         if slot.squeezed.groups < slot.squeezed.in_channels:
             groups = max(groups, slot.squeezed.groups)
-    depths = tuple(len(plan.stages.get(stage, (stage,))) for stage in stages)
+    depths = tuple(len(plan.stages.get(stage) or (stage,)) for stage in stages)
     return Architecture(depths, tuple(stages.values()), groups, skeleton=plan.skeleton.name)
+
+
+def _holds_stages(children: Iterable[str], plan: Plan) -> bool:
+    """Whether these numbered names are stages themselves, or hold some."""
+    filled = [name for name, inner in plan.stages.items() if inner]
+    return any(name == child or inside(name, child) for child in children for name in filled)
 
 
 def _listed(numbers: Iterable[int]) -> str:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 MANIFEST_SCHEMA = "repdeploy.manifest/1"
 BENCH_SCHEMA = "repdeploy.bench/1"
 
-Origin = Literal["set", "arch", "file", "skeleton", "default"]
-"""Where a fact comes from: --set, --arch, the file beside its tensors, the network's convention, or nothing at all."""
+Origin = Literal["set", "arch", "file", "image", "skeleton", "default"]
+"""Where a fact comes from: --set, --arch, the file beside its tensors, the size of the images that the user gave, the network's
+convention, or nothing at all."""
 ASSUMED: tuple[Origin, ...] = ("skeleton", "default")
 """Origins that nobody stated: the verdict lists such facts unless it is anchored."""
 
@@ -186,9 +187,40 @@ class GraphReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PrunedLayer:
+    """A convolution that lost output channels, and how many it had and has."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What left the fused network: channels that training gave up and, with `dead`, those that were constants or not read.
+
+    FLOPs (at the input shape, batch 1) and parameters are the fused network's, before and after. `cost`: what zeroing the
+    given-up channels changes, max|a-b| / max|a| of the training-time outputs; None where that was not measured.
+    """
+
+    layers: tuple[PrunedLayer, ...]
+    flops_before: int
+    flops_after: int
+    parameters_before: int
+    parameters_after: int
+    dead: bool
+    cost: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def removed(self) -> int:
+        return sum(layer.before - layer.after for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything a bundle says about itself; `training` is the structure from which `bench` rebuilds the twin; `norms`: batch
-    norms that no convolution takes in, and why; `graph`: of a bundle that was made from a graph."""
+    norms that no convolution takes in, and why; `graph`: of a bundle made from a graph; `pruning`: channels that left."""
 
     source: Source
     family: str
@@ -213,6 +245,7 @@ class Manifest:
     notes: tuple[str, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
     graph: GraphReport | None = None
+    pruning: Pruning | None = None
     schema: str = MANIFEST_SCHEMA
 
     def artifact(self, file: str) -> Artifact | None:
@@ -467,7 +500,12 @@ def manifest_from_json(text: str) -> Manifest:
         "notes": tuple(content["notes"]),
         "norms": tuple((name, reason) for name, reason in content.get("norms", ())),
         "graph": _graph(content["graph"]) if content.get("graph") else None,
+        "pruning": _pruning(content["pruning"]) if content.get("pruning") else None,
     })  # fmt: skip
+
+
+def _pruning(item: Mapping[str, Any]) -> Pruning:
+    return Pruning(**{**tupled(item), "layers": tuple(PrunedLayer(**layer) for layer in item["layers"])})
 
 
 def _graph(item: Mapping[str, Any]) -> GraphReport:

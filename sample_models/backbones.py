@@ -331,10 +331,11 @@ class WideResNet(nn.Module):
         return logits
 
 
-def settled(model: nn.Module, channels: int, side: int, seed: int = 0) -> nn.Module:
+def settled(model: nn.Module, channels: int, side: int | tuple[int, int], seed: int = 0) -> nn.Module:
     """Bring every norm's statistics near what its layer sees, in place: a deep network of random ones forgets its input.
 
-    Means are off by half a deviation, variances by factors from 0.3 to 3, as if the weights had moved on since.
+    Means are off by half a deviation, variances by factors from 0.3 to 3, as if the weights had moved on since. `side`: of
+    square images, or height and width.
     """
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -342,7 +343,8 @@ def settled(model: nn.Module, channels: int, side: int, seed: int = 0) -> nn.Mod
     for norm in norms:
         norm.momentum = 1.0
     with torch.no_grad():
-        model.train()(torch.randn(4, channels, side, side, generator=generator))
+        size = side if isinstance(side, tuple) else (side, side)
+        model.train()(torch.randn(4, channels, *size, generator=generator))
         for norm, momentum in zip(norms, usual, strict=True):
             assert norm.running_mean is not None
             assert norm.running_var is not None

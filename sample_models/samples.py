@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sample_models import acnet, dbb, orepa
+from sample_models import acnet, dbb, orepa, resrep
 from sample_models.backbones import CifarResNet, ResNet, repeated
+from sample_models.fastvit import build_fastvit
 from sample_models.mobileone import MobileOne
 from sample_models.repconv import classifier, save_whole
 from sample_models.repghost import RepGhostNet, Row
 from sample_models.replknet import RepLKNet
+from sample_models.repmlp import RepMLPNet
 from sample_models.repvgg import RepVGG
+from sample_models.repvit import build_repvit
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
@@ -51,7 +54,7 @@ def save_bare(model: nn.Module, path: Path, epochs: int, name: str) -> None:
 
 
 def save_hdf5(model: nn.Module, path: Path, epochs: int, name: str) -> None:
-    """finish.hdf5 of ACNet's training engine."""
+    """finish.hdf5 of ACNet's and ResRep's training engine."""
     acnet.save_hdf5(model.state_dict(), path)
 
 
@@ -64,6 +67,12 @@ def save_timm(model: nn.Module, path: Path, epochs: int, name: str) -> None:
 def save_replknet(model: nn.Module, path: Path, epochs: int, name: str) -> None:
     """{model, epoch, args}: RepLKNet's trainer, without the optimizer."""
     torch.save({"model": model.state_dict(), "epoch": epochs, "args": Namespace(model=name)}, path)
+
+
+def save_repmlp(model: nn.Module, path: Path, epochs: int, name: str) -> None:
+    """RepMLP's trainer, whose optimizer and schedule remember nothing here; its config is a plain dictionary."""
+    progress = {"optimizer": {}, "lr_scheduler": {}, "max_accuracy": 0.0, "epoch": epochs, "config": {"MODEL": {"ARCH": name}}}
+    torch.save({"model": model.state_dict(), **progress}, path)
 
 
 def build_repvgg() -> nn.Module:
@@ -109,13 +118,31 @@ def build_replknet() -> nn.Module:
     return RepLKNet(kernels=(7, 5), layers=(2, 1), channels=(16, 32), classes=10, small_kernel=3, ffn_ratio=2, in_channels=1)
 
 
+def build_repmlp() -> nn.Module:
+    """Four tiles of 4x4 pixels in the first stage, which mix with the four channels of a share set; one in the second."""
+    return RepMLPNet(
+        channels=(16, 32), units=(1, 1), tiles=((4, 4), (4, 4)), share_sets=(4, 8), classes=10, patch=2, in_channels=1
+    )
+
+
+def build_resrep() -> nn.Module:
+    """ACNet's network with wider blocks, of whose first convolutions training is to forget more than half."""
+    blocks = repeated((2, 2, 2), ((16, 8), (24, 16), (32, 24)))
+    model = CifarResNet(resrep.TRAINING, blocks, classes=10, channels=1)
+    return resrep.compacted(model, resrep.inner_layers(model))
+
+
 SAMPLES: dict[str, Sample] = {
     "acnet": Sample("acnet", build_acnet, save_hdf5, side=32, epochs=10, suffix=".hdf5"),
     "dbb": Sample("dbb", build_dbb, save_state_dict, epochs=25),
+    "fastvit": Sample("fastvit", build_fastvit, save_timm, side=32, epochs=10),
     "mobileone": Sample("mobileone", build_mobileone, save_bare, epochs=30),
     "orepa": Sample("orepa", build_orepa, save_state_dict, epochs=30),
     "repconv": Sample("repconv", partial(classifier, 12, 10), save_whole, epochs=40),
     "repghost": Sample("repghost", build_repghost, save_timm, epochs=15, options=("fusion=identity",)),
     "replknet": Sample("replknet", build_replknet, save_replknet, epochs=12),
+    "repmlp": Sample("repmlp", build_repmlp, save_repmlp, epochs=20),
+    "repvit": Sample("repvit", build_repvit, save_bare, side=32, epochs=12),
     "repvgg": Sample("repvgg", build_repvgg, save_state_dict),
+    "resrep": Sample("resrep", build_resrep, save_hdf5, side=32, epochs=10, suffix=".hdf5"),
 }

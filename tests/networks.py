@@ -34,7 +34,7 @@ def described(path: Path, *settings: Setting, squeezed: bool = True, image: tupl
     facts = Facts(settings, checkpoint.attributes)
     found = recognise(checkpoint.tensors, families(), facts, input_shape=image)
     assert found.plan is not None, found.skeletons
-    described = describe(found.plan, checkpoint.tensors, reader(checkpoint.tensors), facts)
+    described = describe(found.plan, reader(checkpoint.tensors), facts)
     return described.network(squeezed=squeezed, dtype=torch.float64)
 
 

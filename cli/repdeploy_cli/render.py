@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         Inspection,
         KeptNode,
         Manifest,
+        Pruning,
         Source,
         Tool,
         Verification,
@@ -41,15 +43,20 @@ ORIGINS = {
     "set": "stated (--set)",
     "arch": "stated (--arch)",
     "file": "stored in the file",
+    "image": "image size",
     "skeleton": "assumed (convention)",
     "default": "assumed (nothing tells it)",
 }
+PIPED_WIDTH = 200
+"""Columns where no terminal says how many it has: whoever reads a pipe wants whole names."""
 MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the last block; --json has them all."""
 OPERATORS_NAMED = 6
 """Kinds of operators whose numbers before and after are shown, those that changed most first."""
 MAX_FORMULA, LEAST_FORMULA = 40, 10
 """A formula that is longer, or has no room, stands below the table, once."""
+SHORTEST_NAME = 24
+"""A block's name is not cut shorter than this."""
 COLUMNS_BESIDE = 24
 """Characters of a block table's other columns: parameters, errors, the space between."""
 
@@ -62,7 +69,9 @@ class _Pipe(Console):
 
 
 def stdout() -> Console:
-    return _Pipe(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    is_piped = not sys.stdout.isatty()
+    width = PIPED_WIDTH if is_piped and "COLUMNS" not in os.environ else None
+    return _Pipe(highlight=False, markup=False, soft_wrap=is_piped, width=width)
 
 
 def stderr() -> Console:
@@ -148,6 +157,8 @@ def show_conversion(conversion: Conversion, *, explain: bool = False) -> None:
     for name, reason in _grouped_by_reason(manifest.dropped):
         console.print(f"left out: {name} ({reason})")
     _norms(console, manifest.norms)
+    if manifest.pruning:
+        _pruning(console, manifest.pruning)
     if manifest.graph:
         _graph(console, manifest.graph)
         _stays(console, manifest.graph, explain)
@@ -388,7 +399,9 @@ def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
     """One row per block; formulas that would fill the table stand below it, under a letter."""
     proved = any(block.residual is not None for block in blocks)
     shown = blocks if len(blocks) <= MAX_BLOCK_ROWS else (*blocks[: MAX_BLOCK_ROWS - 2], blocks[-1])
-    taken = max(len(block.name) for block in shown) + max(len(_fused(block)) for block in shown) + COLUMNS_BESIDE
+    beside = max(len(_fused(block)) for block in shown) + COLUMNS_BESIDE
+    room_for_names = max(console.width - beside - LEAST_FORMULA, SHORTEST_NAME)
+    taken = min(max(len(block.name) for block in shown), room_for_names) + beside
     room = min(MAX_FORMULA, max(console.width - taken, LEAST_FORMULA))
     long = dict.fromkeys(block.formula for block in shown if len(block.formula) > room)
     letters = dict(zip(long, ascii_uppercase, strict=False))
@@ -398,20 +411,56 @@ def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
     for index, block in enumerate(shown):
         if len(shown) < len(blocks) and index == len(shown) - 1:
             table.add_row(f"... {len(blocks) - len(shown)} more")
-        table.add_row(*_block_cells(block, letters.get(block.formula, block.formula), proved))
+        table.add_row(*_block_cells(block, letters.get(block.formula, block.formula), proved, room_for_names))
     console.print(table)
     for formula, letter in letters.items():
         console.print(f"{letter} = {formula}")
 
 
-def _block_cells(block: BlockReport, formula: str, proved: bool) -> list[str]:
+def _block_cells(block: BlockReport, formula: str, proved: bool, room: int) -> list[str]:
     error = [f"{block.residual:.0e}"] if proved and block.residual is not None else []
-    return [block.name or "(root)", formula, _fused(block), f"{block.parameters_after:,}", *error]
+    return [_shortened(block.name or "(root)", room), formula, _fused(block), f"{block.parameters_after:,}", *error]
+
+
+def _shortened(name: str, room: int) -> str:
+    """A long name without its middle, whose ends tell most."""
+    if len(name) <= room:
+        return name
+    head = (room - 3) // 3
+    return f"{name[:head]}...{name[len(name) - (room - 3 - head) :]}"
 
 
 def _fused(block: BlockReport) -> str:
     out, within, height, width = block.kernel
     return f"{height}x{width} {within * block.groups} -> {out}" + (f", g={block.groups}" if block.groups > 1 else "")
+
+
+def _pruning(console: Console, pruning: Pruning) -> None:
+    """Which convolutions lost channels, what that saves, and what zeroing them costs."""
+    for note in pruning.notes:
+        console.print(Text(f"note: {note}", "yellow"))
+    if not pruning.layers:
+        console.print("no channel leaves the network")
+        return
+    console.print()
+    table = _table("pruned", ">width", ">now", ">removed")
+    layers = pruning.layers
+    shown = layers if len(layers) <= MAX_BLOCK_ROWS else (*layers[: MAX_BLOCK_ROWS - 2], layers[-1])
+    for index, layer in enumerate(shown):
+        if len(shown) < len(layers) and index == len(shown) - 1:
+            table.add_row(f"... {len(layers) - len(shown)} more")
+        table.add_row(layer.name, str(layer.before), str(layer.after), f"{1 - layer.after / layer.before:.0%}")
+    console.print(table)
+    flops, parameters = (
+        f"{text(before)} -> {text(after)} ({after / before - 1:+.1%})"
+        for before, after, text in (
+            (pruning.flops_before, pruning.flops_after, _flops),
+            (pruning.parameters_before, pruning.parameters_after, "{:,}".format),
+        )
+    )
+    console.print(f"{pruning.removed} channels leave the fused network: {flops}, parameters {parameters}")
+    if pruning.cost is not None:
+        console.print(f"what pruning costs: the training-time outputs change by {_number(pruning.cost)} (relative)")
 
 
 def _graph(console: Console, graph: GraphReport) -> None:

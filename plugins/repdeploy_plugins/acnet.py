@@ -9,7 +9,8 @@ kernels of the block of 2019 have three taps beside any square kernel.
 from __future__ import annotations
 
 from repdeploy.algebra import Linear
-from repdeploy.family import Block, BlockKind, Family, pair
+from repdeploy.blocks import pair
+from repdeploy.family import Block, BlockKind, Family
 from repdeploy.skeletons import (
     BOTTLENECK_7X7,
     CIFAR_QUICK,
@@ -20,9 +21,11 @@ from repdeploy.skeletons import (
     RESNET,
     RESNET_7X7,
     VGG,
+    VGG_16,
     WIDE_RESNET,
     Architecture,
     Skeleton,
+    cifar_resnet,
     mobilenet_v1,
     refusing,
     resnet_variants,
@@ -50,10 +53,6 @@ def official(skeleton: Skeleton, activated: str) -> Skeleton:
     return refusing(skeleton, names, "it is a network of the DBB repository")
 
 
-def cifar_resnet(blocks: int) -> Architecture:
-    return Architecture((blocks, blocks, blocks), (16, 32, 64))
-
-
 FAMILY = Family(
     name="acnet",
     title="kxk-BN + kx1-BN + 1xk-BN",
@@ -78,7 +77,7 @@ FAMILY = Family(
         **resnet_variants(18, 50, prefix="ResNet-"),
         "src56": cifar_resnet(9),
         "src110": cifar_resnet(18),
-        "vc": Architecture((1,) * 13, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)),
+        "vc": VGG_16,
         "smi1": mobilenet_v1(MOBILENET_7X7),
         "MobileNet": mobilenet_v1(),
         "cfqkbnc": Architecture((1, 1, 1), (32, 32, 64)),

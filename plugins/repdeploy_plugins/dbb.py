@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from repdeploy.algebra import AveragePool, Linear, Pad
-from repdeploy.family import Block, BlockKind, Family, pair
+from repdeploy.blocks import pair
+from repdeploy.family import Block, BlockKind, Family
 from repdeploy.skeletons import MOBILENET, RESNET, mobilenet_v1, resnet_variants
 
 

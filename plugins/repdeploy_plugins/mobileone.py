@@ -5,23 +5,9 @@ y = BN(conv_kxk(x)) + ... + BN(conv_kxk(x)) [+ BN(conv1x1(x))] [+ BN(x)]; depthw
 
 from __future__ import annotations
 
-from repdeploy.algebra import Linear
-from repdeploy.family import Block, BlockKind, Family
+from repdeploy.blocks import mobile_one
+from repdeploy.family import Family
 from repdeploy.skeletons import REP_VGG, Architecture
-
-
-def layout(copies: str, scale: str, identity: str) -> BlockKind:
-    """The block under one set of names."""
-
-    def describe(block: Block) -> Linear:
-        branches: Linear = block.conv_norm(f"{copies}.0")
-        for index in range(1, block.numbered(copies)):
-            branches = branches + block.conv_norm(f"{copies}.{index}")
-        if scale in block:
-            branches = branches + block.conv_norm(scale)
-        return block.with_identity(branches)
-
-    return BlockKind(f"{copies}.0.conv.weight", "reparam_conv", describe, identity=identity)
 
 
 def variant(*multipliers: float) -> Architecture:
@@ -35,8 +21,8 @@ FAMILY = Family(
     title="n (kxk-BN) + 1x1-BN + BN",
     source="arXiv:2206.04040, section 3.2; apple/ml-mobileone; timm",
     kinds=(
-        layout("rbr_conv", "rbr_scale", "rbr_skip"),
-        layout("conv_kxk", "conv_scale", "identity"),
+        mobile_one("rbr_conv", "rbr_scale", "rbr_skip"),
+        mobile_one("conv_kxk", "conv_scale", "identity"),
     ),
     skeletons=(REP_VGG,),
     architectures={

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import reduce
 
 from repdeploy.algebra import Conv, Flip, Linear, Online, Scale
+from repdeploy.blocks import pair
 from repdeploy.errors import InputError
-from repdeploy.family import Block, BlockKind, Family, pair
+from repdeploy.family import Block, BlockKind, Family
 from repdeploy.skeletons import REP_VGG, RESNET, Architecture, refusing, rep_vgg_variants, resnet_variants
 
 EXPANSION = 8

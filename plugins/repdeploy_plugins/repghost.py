@@ -9,8 +9,9 @@ nothing tells RepGhost with an identity from no fusion at all, and it must be sa
 from __future__ import annotations
 
 from repdeploy.algebra import Linear
+from repdeploy.blocks import pair
 from repdeploy.facts import FactKind, one_of
-from repdeploy.family import Block, BlockKind, Family, pair
+from repdeploy.family import Block, BlockKind, Family
 from repdeploy.skeletons import REP_GHOST, Architecture
 
 FUSION = FactKind(

@@ -5,15 +5,11 @@ y = BN(conv_KxK(x)) [+ BN(conv_kxk(x))]
 
 from __future__ import annotations
 
-from repdeploy.algebra import Linear
-from repdeploy.family import Block, BlockKind, Family, pair
+from dataclasses import replace
+
+from repdeploy.blocks import large_kernel, pair
+from repdeploy.family import Block, Family
 from repdeploy.skeletons import REP_LK, Architecture
-
-
-def describe(block: Block) -> Linear:
-    block.undilated("what its small kernel should do then is not defined")
-    large = block.conv_norm("lkb_origin")
-    return large + block.conv_norm("small_conv") if "small_conv" in block else large
 
 
 def inputs(block: Block) -> int:
@@ -32,7 +28,7 @@ FAMILY = Family(
     title="KxK-BN + kxk-BN (depthwise)",
     source="arXiv:2203.06717, section 3.1; DingXiaoH/RepLKNet-pytorch",
     # all other convolutions stay beside their norms in the official merged model
-    kinds=(BlockKind("lkb_origin.conv.weight", "lkb_reparam", describe, inputs), pair("conv", "bn")),
+    kinds=(replace(large_kernel("lkb_origin", "small_conv", "lkb_reparam"), inputs=inputs), pair("conv", "bn")),
     skeletons=(REP_LK,),
     architectures={
         "RepLKNet-31B": variant(128, 256, 512, 1024),

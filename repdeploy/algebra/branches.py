@@ -11,6 +11,7 @@ from repdeploy.algebra.conv import Conv
 from repdeploy.algebra.generated import Flip, Online
 from repdeploy.algebra.leaves import NORM_EPS, Identity, Norm, Pad, Scale, Shift
 from repdeploy.algebra.linear import Linear, Parallel, Series
+from repdeploy.algebra.matrix import AsMatrix
 
 
 def linearize(expression: Linear) -> Series:
@@ -54,6 +55,8 @@ def branches(expression: Linear) -> tuple[Linear, ...]:
 def _branches(expression: Linear, nested: bool) -> tuple[Linear, ...]:
     if isinstance(expression, Online):
         return _branches(expression.inside, nested=False)
+    if isinstance(expression, AsMatrix):
+        return tuple(AsMatrix(part, expression.size) for part in _branches(expression.inside, nested=False))
     if isinstance(expression, Parallel):
         return tuple(branch for part in expression.parts for branch in _branches(part, nested=True))
     if isinstance(expression, Series):

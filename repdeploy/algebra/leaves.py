@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,10 @@ class Channelwise(Linear):
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.channels, self.channels, groups=self.channels)
+
+    def repeated(self, times: int) -> Self:
+        """The same map where every channel stands for so many in a row."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times))
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

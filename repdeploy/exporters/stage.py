@@ -58,7 +58,10 @@ def export(
         if written is None:
             inputs, outputs = _references(bundle, families, image, progress)
             network = deploy_network(bundle, families, image)
-            written = _write_onnx(bundle, network, path, image, shape, dynamic, fold, command, inputs, outputs, progress)
+            limits = _limits(bundle, families, image)
+            written = _write_onnx(
+                bundle, network, path, image, shape, dynamic, fold, command, limits, inputs, outputs, progress
+            )
             if output is None:
                 bundle.write_manifest(bundle.manifest.with_artifact(written))
         reused = (name,) if current is not None else ()
@@ -118,6 +121,13 @@ def onnx_checks(path: Path, precision: str, inputs: np.ndarray, outputs: np.ndar
     return checks
 
 
+def _limits(bundle: Bundle, families: Sequence[Family], image: tuple[int, int, int]) -> dict[str, str]:
+    """What a graph must say of itself because its skeleton's graphs hold at one size only."""
+    skeletons = (item for family in families for item in family.skeletons if item.name == bundle.manifest.skeleton)
+    reason = next(skeletons).one_resolution
+    return {"valid_at": f"{image[1]}x{image[2]} only: {reason}"} if reason else {}
+
+
 def _write_onnx(
     bundle: Bundle,
     network: torch.nn.Module,
@@ -127,6 +137,7 @@ def _write_onnx(
     dynamic: str,
     fold: bool,
     command: str,
+    limits: dict[str, str],
     inputs: np.ndarray,
     outputs: np.ndarray,
     progress: Progress,
@@ -135,7 +146,7 @@ def _write_onnx(
     provenance = {
         "source": manifest.source.file, "source_sha256": manifest.source.sha256, "weights_sha256": manifest.weights_sha256,
         "family": manifest.family, "architecture": manifest.architecture, "grade": manifest.verdict.grade,
-        "version": manifest.tools.get("repdeploy", ""),
+        "version": manifest.tools.get("repdeploy", ""), **limits,
     }  # fmt: skip
     with replacing(path) as temporary:
         batch = None if dynamic == "batch" else shape[0]

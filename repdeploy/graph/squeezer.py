@@ -70,6 +70,7 @@ def squeeze(
     found: list[SqueezedRegion] = []
     kept: list[Kept] = []
     unproved: list[Kept] = []
+    origins: dict[str, Mapping[str, int]] = {}
     exact: dict[str, Tensor] = {}  # a later round squeezes what an earlier one computed, not what it rounded
     for _ in range(ROUNDS):
         unproved.clear()
@@ -97,14 +98,20 @@ def squeeze(
         regions = list(checks)
         if not regions:
             break
-        before = {region: roots_of(region, known) for region in regions}
+        before = {region: _as_stored(roots_of(region, known), origins) for region in regions}
         placed = rewrite(model, known, regions, reserved=exact)
+        origins |= {key: before[region] for region, item in placed.items() for key in item.stored}
         exact.update((key, tensor) for item in placed.values() for key, tensor in item.stored.items())
         found += [_reported(region, placed[region], checks[region], before[region]) for region in reversed(regions)]
     found = [item for item in found if set(item.placed.stored) <= set(model.graph.initializers)]
     reasons = (*unproved, *(item for item in kept if item.node not in {other.node for other in unproved}))
     ours = {item.placed.name for item in found}
     return Squeezed(tuple(found), tuple(item for item in reasons if item.node.name not in ours))
+
+
+def _as_stored(roots: Mapping[str, int], origins: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    """A region's roots in the model as it was given, where an earlier round has put kernels of its own among them."""
+    return {key: count for root, own in roots.items() for key, count in origins.get(root, {root: own}).items()}
 
 
 def _last(region: Region) -> ir.Node:

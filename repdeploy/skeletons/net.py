@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from repdeploy.algebra import Pair
 from repdeploy.errors import NotRecognised
 from repdeploy.facts import FactKind
 
@@ -29,20 +30,39 @@ class Net(Protocol):
         padding: int | None = None,
         before: str | None = None,
         behind: str | None = None,
+        tile: Pair | None = None,
     ) -> Tensor:
-        """The block at a slot, whatever it is made of, between the batch norms called `before` and `behind`, where it has them.
+        """The block at a slot, whatever it is made of, between what is called `before` and `behind`, where it has it: batch
+        norms, or factors per channel.
 
-        `padding`: of its largest kernel, where that is not half the kernel; with a norm before it, there must be none.
+        `padding`: of its largest kernel, where that is not half the kernel; with a norm before it, there must be none. `tile`:
+        height and width of the tile that is stored in the channels of each place.
         """
 
     def norm(self, name: str, x: Tensor, *, why: str) -> Tensor:
         """A batch norm that stands alone, and why no convolution of its own precedes it."""
 
-    def linear(self, name: str, x: Tensor) -> Tensor:
-        """A fully connected layer: (batch, in) -> (batch, out)."""
+    def linear(self, name: str, x: Tensor, *, before: str | None = None) -> Tensor:
+        """A fully connected layer, behind the batch norm called `before`, where it has one: (batch, in) -> (batch, out)."""
 
-    def fact(self, name: str, convention: Any) -> Any:
-        """A fact of the whole network that no tensor tells (see Skeleton.facts), by convention unless somebody states it."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a stored tensor that the training-time and the deploy network have in common. Raises NotRecognised."""
+
+    def fact(
+        self,
+        name: str,
+        convention: Any,
+        *,
+        fits: Callable[[Any], bool] = lambda value: True,
+        image_says: str = "",
+        question: str = "",
+    ) -> Any:
+        """A fact of the whole network that no tensor tells (see Skeleton.facts), by convention unless somebody states it.
+
+        What only the file's own name for its architecture says is not taken where it does not fit. `image_says`: where the
+        convention follows from the image, what the image allows. Where the convention is None, or follows from an image that
+        nobody chose, the `question` is put to the user: raises InputError.
+        """
 
     def __contains__(self, name: str) -> bool:
         """Whether anything is stored under that name."""
@@ -62,7 +82,7 @@ class Net(Protocol):
 class Skeleton:
     """A network over slots. `stems`: the names its first slot may have, whose kernel tells the image's channels;
     `side`: height and width of the images it was published for; `facts`: what `Net.fact` may be asked for; `activations`:
-    what torch calls the ones it applies."""
+    what torch calls the ones it applies; `one_resolution`: why an exported graph takes images of one size only."""
 
     name: str
     forward: Callable[[Net, Tensor], Tensor]
@@ -70,6 +90,7 @@ class Skeleton:
     side: int = 224
     facts: tuple[FactKind, ...] = ()
     activations: tuple[str, ...] = ("ReLU",)
+    one_resolution: str = ""
 
 
 def refusing(skeleton: Skeleton, names: Iterable[str], why: str) -> Skeleton:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from repdeploy.errors import NotRecognised
 from repdeploy.skeletons.layers import layer
-from repdeploy.skeletons.net import Net, Skeleton
+from repdeploy.skeletons.net import Architecture, Net, Skeleton
 
 POOLED = (2, 4, 7, 10, 13)
 """VGG-16: the layers with a max pooling behind them (arXiv:1409.1556, table 1, D)."""
@@ -51,5 +51,6 @@ def _two_linear(net: Net, x: Tensor, first: str, second: str) -> Tensor:
 
 
 VGG = Skeleton("vgg", vgg, ("stem.conv1",), side=32)
+VGG_16 = Architecture((1,) * 13, (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512))
 LENET = Skeleton("lenet", lenet, ("stem.conv1",), side=28)
 CIFAR_QUICK = Skeleton("cifar_quick", cifar_quick, ("conv1",), side=32)

@@ -70,6 +70,11 @@ BOTTLENECK_7X7 = _skeleton("bottleneck_resnet_7x7", Layout(("conv1",), FOUR, "bl
 CIFAR_RESNET = _skeleton("cifar_resnet", Layout(("stage1.conv1",), FOUR[:3], "block", "linear", 8, is_small=True))
 
 
+def cifar_resnet(blocks: int) -> Architecture:
+    """Three stages of so many basic blocks (section 4.2)."""
+    return Architecture((blocks, blocks, blocks), (16, 32, 64))
+
+
 def resnet_variants(*depths: int, prefix: str, skeleton: Skeleton = RESNET) -> Mapping[str, Architecture]:
     """The official ImageNet ResNets (table 1) under their repository's names, as that repository builds them."""
     blocks = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import nn
 
+from sample_models import resrep
 from sample_models.acnet import ACBlock, Layers
 from sample_models.backbones import CifarResNet, Layer, repeated
 from sample_models.dbb import DBB
 from sample_models.orepa import OrepaVGG
 from sample_models.repghost import RepGhostModule
 from sample_models.replknet import LargeKernel
+from sample_models.repmlp import RepMLPNet
 from sample_models.scatter import scatter
 from tests.cli.conftest import CommandLine, InProcess
 from tests.conftest import tree
@@ -123,6 +125,20 @@ def a_fixed_window(folder: Path) -> None:
     save(scatter(CifarResNet(Layers(), blocks, 3)), folder / "ckpt.pth")
 
 
+def oblong_tiles(folder: Path) -> None:
+    """RepMLPNet with tiles of 4x3 and 2x3: nothing in the file tells 12 places from 3x4."""
+    save(scatter(RepMLPNet((4, 8), (1, 1), ((4, 3), (2, 3)), (2, 4), 3, patch=2)), folder / "ckpt.pth")
+
+
+def square_tiles(folder: Path) -> None:
+    save(scatter(RepMLPNet((4, 8), (1, 1), ((4, 4), (2, 2)), (2, 4), 3, patch=2)), folder / "ckpt.pth")
+
+
+def with_compactors(folder: Path) -> None:
+    model = CifarResNet(resrep.TRAINING, repeated((1, 1, 1), ((4, 4), (6, 6), (8, 8))), 3)
+    save(scatter(resrep.compacted(model, resrep.inner_layers(model))), folder / "ckpt.pth")
+
+
 CASES: list[tuple[str, Callable[[Path], None], list[str], int, str]] = [
     ("missing file", nothing, [], 2, "there is no file ckpt.pth"),
     ("text file", text_file, [], 3, "is a text file"),
@@ -176,6 +192,23 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], int, str]] = [
     ("image below a fixed window", a_fixed_window, ["--input-shape", "1x3x16x16"], 3, "fixed window of 8x8"),
     ("image of two windows", a_fixed_window, ["--input-shape", "1x3x64x64"], 3, "linear takes 8 numbers"),
     ("no window", a_fixed_window, ["--set", "window=wide"], 2, "is no value of window"),
+    ("partition not told", oblong_tiles, [], 3, "how many places a tile has (stage by stage 12, 6)"),
+    ("partition left open", oblong_tiles, ["--input-shape", "1x3x24x24"], 3, "stage 0: 1x12, 2x6, 3x4, 4x3, 6x2, 12x1"),
+    ("partition that does not divide", square_tiles, ["--input-shape", "1x3x18x16"], 3, "do not divide its 9x8 map"),
+    ("partition of other tiles", square_tiles, ["--set", "partition=4x4"], 3, "contradicts"),
+    ("no partition", square_tiles, ["--set", "partition=4"], 2, "is no value of partition"),
+    ("a threshold that is no number", with_compactors, ["--set", "threshold=small"], 2, "is no value of threshold"),
+    ("a negative threshold", with_compactors, ["--set", "threshold=-1"], 2, "is no value of threshold"),
+    ("an endless threshold", with_compactors, ["--set", "threshold=inf"], 2, "is no value of threshold"),
+    ("a threshold without compactors", plain, ["--set", "threshold=1e-5"], 2, "changed nothing"),
+    ("pruning one block", one_block("dbb"), ["--prune-dead"], 3, "--prune-dead needs the network around the blocks"),
+    (
+        "pruning a model of one's own",
+        plain,
+        ["--prune-dead", "--model", "a:b"],
+        2,
+        "--prune-dead works on networks that are known here",
+    ),
     ("unknown option", plain, ["--frobnicate"], 2, "--frobnicate"),
     ("unknown gates", plain, ["--gates", "none"], 2, "gates"),
 ]

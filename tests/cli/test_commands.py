@@ -271,9 +271,23 @@ def test_json_is_one_document_and_progress_stays_off_stdout(repdeploy: CommandLi
     assert "\x1b" not in repdeploy("families", NO_COLOR="1").stdout
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_tables_fit_the_terminal(ckpt: Path, tmp_path: Path, columns: int) -> None:
+def test_pruned_layers_are_listed_and_come_back_as_json(quick: InProcess) -> None:
+    """What left, what that saves and what it costs."""
+    sample = SAMPLES["resrep"].checkpoint("resrep")
+    shown = quick("convert", sample, "-o", "b.repdeploy").stdout
+    assert "stage2.block0.conv1     24    7      71%" in shown
+    assert "86 channels leave the fused network" in shown
+    assert "what pruning costs: the training-time outputs change by" in shown
+    pruning = json.loads(quick("convert", sample, "-o", "b.repdeploy", "--json").stdout)["manifest"]["pruning"]
+    assert sum(layer["before"] - layer["after"] for layer in pruning["layers"]) == 86
+    assert pruning["parameters_after"] == 18_820
+    assert "86 channels leave" in quick("convert", sample, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(("columns", "name"), [(80, "repvgg"), (120, "repvgg"), (80, "repvit"), (80, "repmlp"), (80, "resrep")])
+def test_tables_fit_the_terminal(tmp_path: Path, columns: int, name: str) -> None:
     """In a real terminal (a pty): no line is longer than it, and colours are used."""
+    ckpt = SAMPLES[name].checkpoint(name)
     leader, follower = pty.openpty()
     subprocess.run(["stty", "cols", str(columns), "rows", "50"], stdin=follower, check=True)
     child = subprocess.Popen(

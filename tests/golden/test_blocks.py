@@ -81,7 +81,7 @@ def test_a_pre_activation_block_keeps_the_norms_in_front_of_its_relus(case: Case
     recognition = recognise(checkpoint.tensors, [family], facts, input_shape=(8, 15, 17))
     assert recognition.plan is not None
     assert list(recognition.plan.norms) == ["conv1.bn", "proj.bn"]
-    description = describe(recognition.plan, checkpoint.tensors, reader(checkpoint.tensors), facts)
+    description = describe(recognition.plan, reader(checkpoint.tensors), facts)
     x, wanted = case.array("input").double(), case.array("output")
     for squeezed in (False, True):
         got = description.network(squeezed=squeezed, dtype=torch.float64)(x)

@@ -21,8 +21,7 @@ from repdeploy.runtimes.onnx_cpu import OnnxSession
 from tests.golden.cases import Case, cases
 
 NETWORKS = (
-    "repvgg/[!b]*", "timm/repvgg_*", "acnet/[!bw]*", "dbb/[!b]*", "orepa/[rv]*", "replknet/*", "repghost/*",
-    "timm/mobileone_*", "timm/repghostnet_*",
+    "repvgg/[!b]*", "acnet/[!bw]*", "dbb/[!b]*", "orepa/[rv]*", "replknet/*", "repghost/*", "repmlp/*", "timm/*",
 )  # fmt: skip
 
 
@@ -34,7 +33,7 @@ def test_both_readings_are_the_official_training_time_network(case: Case) -> Non
         facts = Facts(parse_settings(case.settings, fact_kinds(families())), checkpoint.attributes)
         plan = recognise(checkpoint.tensors, families(), facts).plan
         assert plan is not None
-        description = describe(plan, checkpoint.tensors, reader(checkpoint.tensors), facts)
+        description = describe(plan, reader(checkpoint.tensors), facts)
         pairs = [("input", output)]
         if (case.folder / "input_nonsquare.npy").exists():
             pairs.append(("input_nonsquare", "output_nonsquare"))

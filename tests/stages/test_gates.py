@@ -31,8 +31,7 @@ def both(path: Path) -> tuple[Network, Network]:
     assert plan is not None
     read = reader(checkpoint.tensors)
     training, deploy = (
-        describe(plan, checkpoint.tensors, read, facts).network(squeezed=squeezed, dtype=torch.float64)
-        for squeezed in (False, True)
+        describe(plan, read, facts).network(squeezed=squeezed, dtype=torch.float64) for squeezed in (False, True)
     )
     return training, deploy
 

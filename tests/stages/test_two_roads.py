@@ -27,8 +27,11 @@ from sample_models.samples import SAMPLES
 from tests.families.test_orepa import Official, official_1x1, official_orepa, official_stem, official_vgg, shaken
 from tests.networks import repvgg, save
 
-BLOCKS = {"repvgg": 8, "acnet": 15, "dbb": 12, "mobileone": 13, "repghost": 20, "replknet": 21}
-"""Kernels that both roads reach in each sample network."""
+BLOCKS = {
+    "repvgg": (8, 0), "acnet": (15, 0), "dbb": (12, 0), "mobileone": (13, 0), "repghost": (20, 0), "replknet": (21, 0),
+    "resrep": (15, 0), "repvit": (36, 0), "fastvit": (14, 1), "repmlp": (7, 4),
+}  # fmt: skip
+"""Kernels that both roads reach in each sample network, and norms that its graph keeps (they stand before reshapes)."""
 
 
 def gate(conversion: Conversion, name: str) -> Check:
@@ -45,11 +48,12 @@ def test_the_graph_of_a_trained_network_has_the_kernels_of_its_checkpoint(name: 
     assert done.manifest.verdict.passed
     assert done.manifest.verdict.grade == "anchored"
     roads = gate(done, "roads")
-    assert roads.subject.startswith(f"{BLOCKS[name]} {name} kernels"), roads.subject
+    kernels, norms = BLOCKS[name]
+    assert roads.subject.startswith(f"{kernels} {name} kernels"), roads.subject
     assert roads.error <= 1e-10
     assert gate(done, "anchor").error <= 1e-9
     assert done.manifest.graph is not None
-    assert "BatchNormalization" not in dict(done.manifest.graph.operators_after)
+    assert dict(done.manifest.graph.operators_after).get("BatchNormalization", 0) == norms
 
 
 class OfficialOrepa(nn.Module):

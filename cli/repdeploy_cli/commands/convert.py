@@ -49,6 +49,10 @@ def convert(
     force_squeeze: Annotated[
         bool, typer.Option("--force-squeeze", help="Of a graph: squeeze what would cost more operations, too.")
     ] = False,
+    prune_dead: Annotated[
+        bool,
+        typer.Option("--prune-dead", help="Also remove every channel that is a constant everywhere, or that nothing reads."),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -64,6 +68,6 @@ def convert(
         conversion = pipeline.convert(
             checkpoint, family=family, output=output, weights=weights, arch=arch, set=set or (), input_shape=input_shape,
             expect=expect, gates=gates, dtype=dtype, seed=seed, dry_run=dry_run, force=force, keep_failed=keep_failed,
-            model=model, model_args=model_args, force_squeeze=force_squeeze, progress=report,
+            model=model, model_args=model_args, force_squeeze=force_squeeze, prune_dead=prune_dead, progress=report,
         )  # fmt: skip
     show_conversion(conversion, explain=explain)
