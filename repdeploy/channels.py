@@ -1,16 +1,17 @@
 """A fourth reading of a skeleton: which channels belong together, and which are the same constant everywhere.
 
-A network runs on images of batch 0 whose channels carry a class and, where it is known, a constant. A convolution starts new
-classes; what works channel by channel passes them on; a sum couples the channels of its terms. A class may leave the network
-when every convolution that reads one of its channels knows it as a constant (or has no tap for it): the constant then moves
-into that convolution's bias. Where padding would show a constant's border, where an operation is not known here, and at the
-network's input and output, a class stays.
+A network runs on one image, whose numbers mean nothing and whose channels carry a class and, where it is known, a constant. A
+convolution starts new classes; what works channel by channel passes them on; a sum couples the channels of its terms. A class
+may leave the network when every convolution that reads one of its channels knows it as a constant (or has no tap for it): the
+constant then moves into that convolution's bias. Where padding would show a constant's border, where an operation is not known
+here, and at the network's input and output, a class stays.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,14 +71,15 @@ Unit = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """A convolution as it was met: its channels on both sides, (in,) and (out,), and the constants that come in, NaN where
-    there are none; `places`: of its output map."""
+    """A convolution as it was met: its channels on both sides, (in,) and (out,), the constants that come in and go out, NaN
+    where there are none; `places`: how many it computes for one image."""
 
     unit: Unit
     conv: Conv
     inputs: Tensor
     outputs: Tensor
     constants: Tensor
+    answers: Tensor
     places: int
 
     @property
@@ -87,7 +89,7 @@ class Met:
 
 
 class Traced(Tensor):
-    """An image (0, channels, ...) with the name and the constant of every channel."""
+    """An image (batch, channels, ...) with the name and the constant of every channel."""
 
     classes: Classes
     names: Tensor
@@ -198,7 +200,7 @@ class Channels(Running):
         """Run the skeleton once on that shape."""
         names = self.classes.new(image[0])
         self.classes.keep(names)
-        x = traced(torch.empty(0, *image, dtype=torch.float64), self.classes, names, nothing(len(names)))
+        x = traced(torch.zeros(1, *image), self.classes, names, nothing(len(names)))
         result = self.plan.skeleton.forward(self, x)
         assert isinstance(result, Traced)
         self.classes.keep(result.names)
@@ -213,8 +215,7 @@ class Channels(Running):
     def _through(self, unit: Unit, x: Traced, on_vector: bool) -> Traced:
         conv = self.convs[unit]
         size = () if on_vector else conv.geometry.output_size(x.shape[2], x.shape[3])
-        met = Met(unit, conv, x.names, self.classes.new(conv.out_channels), x.constants, size[0] * size[1] if size else 1)
-        self.met.append(met)
+        outputs = self.classes.new(conv.out_channels)
         taps = conv.weight.abs().sum((2, 3)) > 0
         # a constant that a padded convolution reads shows at the border, unless it is zero
         steady = (x.constants == 0) if conv.geometry.is_padded else ~x.constants.isnan()
@@ -224,22 +225,20 @@ class Channels(Running):
             answers = conv.bias_or_zero() + conv.weight.sum((2, 3)) @ x.constants.nan_to_num()
         elif conv.groups == conv.in_channels:
             behind = conv.out_channels // conv.in_channels
-            self.classes.couple(met.outputs, x.names.repeat_interleave(behind))
+            self.classes.couple(outputs, x.names.repeat_interleave(behind))
             varies = taps[:, 0] & ~steady.repeat_interleave(behind)
             answers = conv.bias_or_zero() + conv.weight.sum((1, 2, 3)) * x.constants.nan_to_num().repeat_interleave(behind)
         else:
             self.classes.keep(x.names)
-            self.classes.keep(met.outputs)
+            self.classes.keep(outputs)
             varies, answers = torch.ones(conv.out_channels, dtype=torch.bool), conv.bias_or_zero()
-        image = torch.empty(0, conv.out_channels, *size, dtype=torch.float64)
-        return traced(image, self.classes, met.outputs, torch.where(varies, torch.nan, answers))
+        answers = torch.where(varies, torch.nan, answers)
+        self.met.append(Met(unit, conv, x.names, outputs, x.constants, answers, x.shape[0] * math.prod(size)))
+        return traced(torch.zeros(x.shape[0], conv.out_channels, *size), self.classes, outputs, answers)
 
 
-def leaving(channels: Channels, allowed: Mapping[Unit, Tensor] | None = None) -> set[int]:
-    """The classes that may leave; `allowed`: only those whose channels all come from these outputs (out,) of convolutions.
-
-    Every convolution keeps at least one channel on either side.
-    """
+def dispensable(channels: Channels, allowed: Mapping[Unit, Tensor] | None = None) -> set[int]:
+    """The classes that may leave; `allowed`: only those whose channels all come from these outputs (out,) of convolutions."""
     classes = channels.classes
     full = [met for met in channels.met if met.is_full]
     gone = {top for met in full for top in classes.of(met.outputs)} - classes.kept()
@@ -247,12 +246,27 @@ def leaving(channels: Channels, allowed: Mapping[Unit, Tensor] | None = None) ->
         for met in full:
             rows = allowed[met.unit].tolist() if met.unit in allowed else [False] * met.conv.out_channels
             gone -= {top for top, may in zip(classes.of(met.outputs), rows, strict=True) if not may}
+    return gone
+
+
+def leaving(channels: Channels, free: set[int]) -> set[int]:
+    """Those of the classes that may leave which do: every convolution keeps at least one channel on either side."""
+    gone = set(free)
     for met in channels.met:
         for names in (met.inputs, met.outputs):
-            tops = classes.of(names)
+            tops = channels.classes.of(names)
             if all(top in gone for top in tops):
                 gone.discard(tops[0])
     return gone
+
+
+def quiet(met: Met, stays: Tensor) -> Conv:
+    """The convolution with nothing but a constant, or zero, on the outputs that may leave: they read no channel any more."""
+    if bool(stays.all()):
+        return met.conv
+    rows, constants = stays.to(met.conv.weight.dtype), met.answers.nan_to_num()
+    bias = torch.where(stays, met.conv.bias_or_zero(), constants)
+    return replace(met.conv, weight=met.conv.weight * rows.view(-1, 1, 1, 1), bias=bias)
 
 
 def staying(classes: Classes, names: Tensor, gone: set[int]) -> Tensor:

@@ -60,7 +60,7 @@ def deliver(target: Path, described: Manifest, fill: Callable[[Path], Manifest],
         if not manifest.verdict.passed:
             _report_failure(folder, target, manifest, request)
         if existing is not None:
-            manifest = replace(manifest, notes=(*manifest.notes, *_replaced(existing, manifest)))
+            manifest = replace(manifest, notes=(*manifest.notes, *_replaced(existing, manifest, target)))
             manifest = _keep_artifacts(target, folder, existing, manifest)
         write_text(folder / MANIFEST, to_json(manifest))
     return Conversion(target, manifest)
@@ -126,7 +126,7 @@ def _report_failure(folder: Path, target: Path, manifest: Manifest, request: Req
     )
 
 
-def _replaced(existing: Manifest, manifest: Manifest) -> tuple[str, ...]:
+def _replaced(existing: Manifest, manifest: Manifest, target: Path) -> tuple[str, ...]:
     """What a bundle of the same source loses by being made again."""
     lost = []
     if existing.verdict.grade == "anchored" and manifest.verdict.grade != "anchored":
@@ -134,6 +134,8 @@ def _replaced(existing: Manifest, manifest: Manifest) -> tuple[str, ...]:
     if existing.weights_sha256 != manifest.weights_sha256 and existing.artifacts:
         made = [item.file for item in existing.artifacts if item.made_from != item.sha256]  # a graph is made from itself
         lost += [f"{', '.join(made)} had other weights and is gone"] if made else []
+    if existing.weights_sha256 != manifest.weights_sha256 and (target / BENCH).is_file():
+        lost.append(f"{BENCH} was measured on other weights and is gone")
     return (f"the bundle that was here is replaced: {'; '.join(lost)}",) if lost else ()
 
 

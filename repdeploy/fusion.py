@@ -44,6 +44,8 @@ from repdeploy.weights_file import NAMES, WeightsWriter
 
 YOLO_EPS = 1e-3
 """YOLOv6 and v7 use RepVGG's keys with this eps; where nobody states eps, the report says how much it would change."""
+LOSSLESS = 1e-3
+"""Rows that training has really driven to zero change the outputs by 1e-4 at most, relative to the largest."""
 MAX_REASONS = 3
 """Networks whose reason not to fit is spelled out; inspect has them all."""
 
@@ -182,6 +184,7 @@ def _fill(
         checks += proof.checks
         if described.pruning is not None:
             described = replace(described, pruning=replace(described.pruning, cost=proof.pruning_cost))
+            fused = replace(fused, warnings=(*fused.warnings, *_pruning_warnings(proof.pruning_cost)))
         save_references(folder / REFERENCES, {plan.gate_shape: (proof.images.numpy(), proof.reference.numpy())})
         references_sha256 = digest(folder / REFERENCES)
     residuals = {check.subject: check.error for check in fused.checks}
@@ -199,6 +202,15 @@ def _fill(
         ),
         weights_sha256=fused.sha256,
         references_sha256=references_sha256,
+    )
+
+
+def _pruning_warnings(cost: float | None) -> tuple[str, ...]:
+    if cost is None or cost <= LOSSLESS:
+        return ()
+    return (
+        f"the channels that left were not at zero: without them the training-time outputs change by {cost:.1%}, so this is not "
+        "the network that was trained; a lower --set threshold keeps more of them",
     )
 
 

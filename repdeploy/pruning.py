@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 
+import torch
 from torch import Tensor
 
 from repdeploy.algebra import Channelwise, Conv, Linear
-from repdeploy.channels import Channels, Unit, leaving, narrowed, staying
+from repdeploy.channels import Channels, Unit, dispensable, leaving, narrowed, quiet, staying
 from repdeploy.facts import Facts
 from repdeploy.family import NORM, SCALES, Block, Read
 from repdeploy.keys import join
@@ -57,7 +58,7 @@ class Thinned:
                     continue
                 consumed |= {*part.consumed}
                 if part.kind is NORM or part.kind in SCALES:
-                    found |= {key: read(key)[outputs] for key in part.consumed}
+                    found |= {key: _rows(read(key), outputs) for key in part.consumed}
                     continue
                 conv, weight = self.convs[unit], join(part.name, part.kind.anchor)
                 found[weight] = conv.weight.flatten(1) if part.kind.is_dense else conv.weight
@@ -79,18 +80,19 @@ def thin(plan: Plan, read: Read, facts: Facts, image: tuple[int, int, int], *, d
     convs = {
         (slot.name, part.name): _squeezed(slot, part, plan, read, facts) for slot in plan.slots.values() for part in slot.parts
     }
-    silenced, notes = _given_up(plan, read, facts)
+    given_up, notes = _given_up(plan, read, facts)
+    silenced = given_up
     while True:
         channels = Channels(plan, convs | {unit: _without(convs[unit], rows) for unit, rows in silenced.items()})
         channels.read(image)
-        gone = leaving(channels, silenced)
+        gone = leaving(channels, dispensable(channels, silenced))
         left = {met.unit: ~staying(channels.classes, met.outputs, gone) for met in channels.met if met.unit in silenced}
         kept = {unit: rows & ~left[unit] for unit, rows in silenced.items()}
         if not any(rows.any() for rows in kept.values()):
             break
         silenced = {unit: rows & left[unit] for unit, rows in silenced.items()}  # a row that has to stay is no zero
     if dead:
-        gone = leaving(channels)
+        channels, gone = _without_dead(plan, channels, image)
     stays = {
         met.unit: (staying(channels.classes, met.inputs, gone), staying(channels.classes, met.outputs, gone))
         for met in channels.met
@@ -101,8 +103,35 @@ def thin(plan: Plan, read: Read, facts: Facts, image: tuple[int, int, int], *, d
         {slot: rows for (slot, _), rows in silenced.items() if rows.any()},
         thinned,
         stays,
-        _report(plan, channels, thinned, dead, notes),
+        _report(plan, channels, thinned, dead, (*notes, *_put_back(given_up, silenced))),
     )
+
+
+def _without_dead(plan: Plan, channels: Channels, image: tuple[int, int, int]) -> tuple[Channels, set[int]]:
+    """The network, read again until no channel dies of another one's leaving, and the classes that leave it."""
+    while True:
+        free = dispensable(channels)
+        quieter = {met.unit: quiet(met, staying(channels.classes, met.outputs, free)) for met in channels.met if met.is_full}
+        if all(torch.equal(conv.weight, channels.convs[unit].weight) for unit, conv in quieter.items()):
+            return channels, leaving(channels, free)
+        channels = Channels(plan, {**channels.convs, **quieter})
+        channels.read(image)
+
+
+def _put_back(given_up: Mapping[Unit, Tensor], silenced: Mapping[Unit, Tensor]) -> tuple[str, ...]:
+    """Of the rows that training gave up, those that have to stay."""
+    back = {unit[0]: int((rows & ~silenced[unit]).sum()) for unit, rows in given_up.items()}
+    return tuple(
+        f"{slot}: of the outputs it gave up {count} stay, as they are stored: a sum, or what reads them, needs their channels"
+        for slot, count in back.items()
+        if count
+    )
+
+
+def _rows(values: Tensor, stays: Tensor) -> Tensor:
+    """One number per channel, in whatever shape, of the channels that stay."""
+    kept = values.flatten()[stays]
+    return kept.view([len(kept) if size == len(stays) else size for size in values.shape])
 
 
 def _squeezed(slot: Slot, part: Slot, plan: Plan, read: Read, facts: Facts) -> Conv:

@@ -70,12 +70,17 @@ def rebuilt(
 
     Raises IllegalInput where it cannot take the image, InputError where it is no known network.
     """
-    known = Facts(settings_of(facts, fact_kinds(families)))
+    known = _told(facts, families)
     recognition = recognise(tensors, families, known, input_shape=image, fused_of=owners)
     if recognition.plan is None:
         raise InputError("the weights are no network that is known here", hint="convert the checkpoint again")
     description = describe(recognition.plan, reader(tensors), known)
     return description.network(squeezed=squeezed, dtype=dtype, static=static)
+
+
+def _told(facts: Iterable[Fact], families: Sequence[Family]) -> Facts:
+    """What a bundle recorded, but for groups: in a network shapes tell them, and channels may have left."""
+    return Facts(item for item in settings_of(facts, fact_kinds(families)) if item.name != "groups")
 
 
 def require_network(bundle: Bundle) -> None:
@@ -91,7 +96,7 @@ def require_network(bundle: Bundle) -> None:
 def check_image(bundle: Bundle, families: Sequence[Family], shape: tuple[int, ...]) -> Image:
     """The image part of an input shape. Raises InputError or IllegalInput where the bundle's network cannot take it."""
     _, channels, height, width = shape
-    known = Facts(settings_of(bundle.manifest.facts, fact_kinds(families)))
+    known = _told(bundle.manifest.facts, families)
     owners = bundle.manifest.families
     recognise(bundle.tensors(), families, known, input_shape=(channels, height, width), fused_of=owners)
     return channels, height, width

@@ -19,26 +19,37 @@ from repdeploy.skeletons import PARTITION, REP_MLP, Architecture, Partition, squ
 def share_sets(block: Block) -> Linear:
     """2022: one set of weights for every S-th channel; the norm and the convolutions have a channel per set."""
     rows, positions = block.kernel_shape("fc3.weight")[:2]
-    connected = block.conv("fc3", padding=0) >> block.norm("fc3_bn").repeated(positions)
-    return injected(block, connected, rows // positions, positions)
+    normed = connected(block) >> block.norm("fc3_bn").repeated(positions)
+    return injected(block, normed, rows // positions, positions)
 
 
 def all_channels(block: Block) -> Linear:
     """2021: the norm has a channel per place, the convolutions are dense or grouped."""
     rows = block.kernel_shape("fc3.weight")[0]
-    connected = block.conv("fc3", padding=0) >> block.norm("fc3_bn")
+    normed = connected(block) >> block.norm("fc3_bn")
     local = block.parts("repconv")
     outputs = block.kernel_shape(f"{local[0]}.conv.weight")[0] if local else 1
-    return injected(block, connected, block.groups, rows // outputs)
+    return injected(block, normed, block.groups, rows // outputs)
 
 
-def injected(block: Block, connected: Linear, groups: int, positions: int) -> Linear:
+def connected(block: Block) -> Linear:
+    """fc3 as it is trained: without a bias, which only the injected layer has."""
+    if "fc3.bias" in block:
+        raise InputError(
+            f"{block.path('fc3.bias')} stands beside the norm it was injected with: only one of the two forms can be right",
+            hint="save the state dict of the training-time model, or of the deploy model, not of both",
+        )
+    return block.conv("fc3", padding=0)
+
+
+def injected(block: Block, normed: Linear, groups: int, positions: int) -> Linear:
+    """With the convolutions of the local perceptron, where there are some."""
     branches: list[Linear] = []
     for part in block.parts("repconv"):
         half = block.kernel_shape(f"{part}.conv.weight")[2] // 2
         conv = block.conv(f"{part}.conv", stride=1, padding=half, groups=groups)
         branches.append(conv >> block.norm(f"{part}.bn"))
-    return connected + AsMatrix(reduce(Linear.__add__, branches), tile_of(block, positions)) if branches else connected
+    return normed + AsMatrix(reduce(Linear.__add__, branches), tile_of(block, positions)) if branches else normed
 
 
 def tile_of(block: Block, positions: int) -> Pair:

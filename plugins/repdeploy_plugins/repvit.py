@@ -32,7 +32,7 @@ def heads(one: str, distilled: str) -> BlockKind:
     """A norm and a fully connected layer, twice where the network was distilled: then their mean is the output."""
 
     def head(block: Block, name: str) -> Linear:
-        return block.norm(f"{name}.bn") >> block.conv(f"{name}.l")
+        return block.norm(f"{name}.bn") >> block.biased(f"{name}.l")
 
     def describe(block: Block) -> Linear:
         if distilled not in block:

@@ -46,6 +46,8 @@ def describe(block: Block) -> Linear:
             f"{block.path(COMPACTOR)}.weight has shape {shape}; a compactor maps the {outputs} outputs of its convolution to "
             "as many"
         )
+    if f"{COMPACTOR}.bias" in block:
+        raise InputError(f"{block.path(COMPACTOR)}.bias is there; a compactor has none, and a row at zero would not be silent")
     return block.conv("conv") >> block.norm("bn") >> block.conv(COMPACTOR, stride=1, padding=0, groups=1)
 
 

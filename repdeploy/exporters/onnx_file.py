@@ -220,12 +220,15 @@ def _strip(model: Any) -> None:
         del item.metadata_props[:]
         item.doc_string = ""
     weights = {item.name for item in model.graph.initializer}
+    named: dict[str, int] = {}
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
         owner = next((name for name in node.input if name in weights and name.endswith(".weight")), None)
         if owner is not None:
-            node.name = owner.removesuffix(".weight")
+            name = owner.removesuffix(".weight")
+            named[name] = named.get(name, 0) + 1  # layers with equal weights share their tensors
+            node.name = name if named[name] == 1 else f"{name}.{named[name]}"
 
 
 @contextlib.contextmanager

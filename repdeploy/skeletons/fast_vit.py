@@ -10,7 +10,7 @@ from torch import Tensor
 from repdeploy.errors import InputError, NotRecognised
 from repdeploy.facts import FactKind, positive_int, yes_or_no
 from repdeploy.skeletons.attention import squeeze_excite
-from repdeploy.skeletons.layers import summed
+from repdeploy.skeletons.layers import required, summed
 from repdeploy.skeletons.net import Net, Skeleton
 
 HEAD_DIM = FactKind("head_dim", positive_int, "channels of one attention head")
@@ -94,15 +94,17 @@ def attention_block(net: Net, name: str, x: Tensor) -> Tensor:
 
 def attention(net: Net, name: str, x: Tensor) -> Tensor:
     """Multi-head self-attention over the places of the map, behind a norm."""
-    channels, height, width = x.shape[1:]
+    height, width = x.shape[2:]
     size = net.fact(HEAD_DIM.name, 32)
-    if channels % size:
+    projected = net.at(f"{name}.token_mixer.qkv", x, before=f"{name}.norm")
+    channels = projected.shape[1] // 3
+    if channels % size or projected.shape[1] % 3:
         raise InputError(
             f"{name} has {channels} channels, which do not divide into attention heads of {size}",
             hint="state how many channels a head has: --set head_dim=NUMBER",
         )
-    projected = net.at(f"{name}.token_mixer.qkv", x, before=f"{name}.norm")
     query, key, value = projected.unflatten(1, (3, channels // size, size)).flatten(4).unbind(1)
+    required(net, f"{name}.token_mixer.proj.bias")
     weights = ((query * size**-0.5).transpose(-2, -1) @ key).softmax(-1)
     mixed = (value @ weights.transpose(-2, -1)).flatten(1, 2).unflatten(2, (height, width))
     return net.at(f"{name}.token_mixer.proj", mixed, behind=_scale(net, f"{name}.layer_scale_1"))
@@ -111,18 +113,23 @@ def attention(net: Net, name: str, x: Tensor) -> Tensor:
 def feed_forward(net: Net, name: str, scale: str, x: Tensor) -> Tensor:
     """A depthwise convolution, then two 1x1 with a GELU between."""
     inside = f"{name}.mlp" if f"{name}.mlp" in net else f"{name}.convffn"
+    required(net, f"{inside}.fc1.bias", f"{inside}.fc2.bias")
     x = F.gelu(net.at(f"{inside}.fc1", net.at(f"{inside}.conv", x)))
     return net.at(f"{inside}.fc2", x, behind=_scale(net, f"{name}.{scale}"))
 
 
 def _scale(net: Net, name: str) -> str | None:
-    """Layer scales stand in every block, or in none."""
-    first = next(iter((*net.children("stages.0.blocks"), *net.children("network.0"))), "")
-    scaled = any(f"{first}.{part}" in net for part in ("layer_scale", "layer_scale_1"))
-    return name if scaled or name in net else None
+    """Layer scales stand in every block, or in none. Raises InputError where only this one is missing."""
+    stages = (*(f"{stage}.blocks" for stage in net.children("stages")), *net.children("network"))
+    blocks = (block for stage in stages for block in net.children(stage))
+    if any(f"{block}.{part}" in net for block in blocks for part in ("layer_scale", "layer_scale_2")):
+        required(net, name)
+        return name
+    return None
 
 
 def head(net: Net, expansion: str, classifier: str, x: Tensor) -> Tensor:
+    required(net, f"{expansion}.se", f"{classifier}.bias")
     return net.linear(classifier, mobile_one(net, expansion, net.pooled(x), 1).mean((2, 3)))
 
 

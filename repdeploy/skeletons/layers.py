@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from repdeploy.errors import IllegalInput, NotRecognised
+from repdeploy.errors import IllegalInput, InputError, NotRecognised
 from repdeploy.facts import FactKind, positive_int
 from repdeploy.skeletons.attention import squeeze_excite
 from repdeploy.skeletons.net import Net
@@ -18,6 +18,15 @@ def _window(text: str) -> int | str:
 
 
 WINDOW = FactKind("window", _window, "side of the window that the head averages over, or global, for example window=7")
+
+
+def required(net: Net, *names: str) -> None:
+    """Raises InputError where something is missing that every network of this kind has."""
+    for name in names:
+        if name not in net:
+            raise InputError(
+                f"{name} is missing, without which this is another network", hint="save the whole state dict again"
+            )
 
 
 def layer(net: Net, name: str, x: Tensor, *, stride: int = 1, padding: int | None = None) -> Tensor:

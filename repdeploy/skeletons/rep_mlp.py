@@ -17,7 +17,7 @@ from torch import Tensor
 from repdeploy.algebra import Pair
 from repdeploy.errors import IllegalInput, InputError, NotRecognised
 from repdeploy.facts import FactKind
-from repdeploy.skeletons.layers import summed
+from repdeploy.skeletons.layers import required, summed
 from repdeploy.skeletons.net import Net, Skeleton
 
 LARGEST_SIDE = 4096
@@ -59,8 +59,11 @@ def forward(net: Net, x: Tensor) -> Tensor:
     stages = net.children("stages")
     if not stages or "conv_embedding" not in net or f"{stages[0]}.0.repmlp_block" not in net:
         raise NotRecognised("no conv_embedding and stages.0.0.repmlp_block")
-    patch = net.shape("conv_embedding.conv.weight")[2]
-    positions = [net.shape(f"{stage}.0.repmlp_block.fc3.weight")[1] for stage in stages]
+    embedding = net.shape("conv_embedding.conv.weight")
+    if len(embedding) != 4 or embedding[2] != embedding[3] or not embedding[2]:
+        raise InputError(f"conv_embedding.conv.weight has shape {embedding}; expected a square kernel")
+    patch = embedding[2]
+    positions = [_connected(net, f"{stage}.0.repmlp_block")[1] for stage in stages]
     tiles = _tiles(net, (x.shape[2], x.shape[3]), patch, positions)
     x = F.relu(net.at("conv_embedding", x, stride=patch, padding=0))
     for index, (stage, tile) in enumerate(zip(stages, tiles, strict=True)):
@@ -72,19 +75,15 @@ def forward(net: Net, x: Tensor) -> Tensor:
 
 
 def _tiles(net: Net, image: Pair, patch: int, positions: list[int]) -> tuple[Pair, ...]:
-    """Per stage; by convention square where the positions are a square number, else what the image leaves as the only choice.
+    """Per stage; by convention square where their places are a square number, else what the image leaves as the only choice.
 
     Raises IllegalInput for an image that they do not cut without a rest.
     """
     maps = [(image[0] // (patch << stage), image[1] // (patch << stage)) for stage in range(len(positions))]
     fitting = [_splits(number, size) for number, size in zip(positions, maps, strict=True)]
-    usual: list[Pair | None] = []
-    told_by_image = False
-    for number, found in zip(positions, fitting, strict=True):
-        tile = square(number)
-        if tile is None or (found and tile not in found):
-            told_by_image, tile = True, found[0] if len(found) == 1 else None
-        usual.append(tile)
+    only = [found[0] if len(found) == 1 else None for found in fitting]
+    usual = [square(number) or tile for number, tile in zip(positions, only, strict=True)]
+    told_by_image = None in map(square, positions)
     places = ", ".join(map(str, positions))
     known = tuple(tile for tile in usual if tile is not None)
     choices = "; ".join(
@@ -110,9 +109,8 @@ def _tiles(net: Net, image: Pair, patch: int, positions: list[int]) -> tuple[Pai
             legal = _legal(patch, chosen.tiles)
             raise IllegalInput(
                 f"stage {stage} works on tiles of {height}x{width}, which do not divide its {size[0]}x{size[1]} map",
-                hint=f"the smallest legal image is {legal[0]}x{legal[1]}"
-                if legal
-                else "no image of up to 4096 pixels is legal",
+                hint=(f"the smallest legal image is {legal[0]}x{legal[1]}; " if legal else "")
+                + "other tiles are stated with --set partition=",
                 fits=legal,
             )
     return chosen.tiles
@@ -120,6 +118,17 @@ def _tiles(net: Net, image: Pair, patch: int, positions: list[int]) -> tuple[Pai
 
 def _belongs(chosen: Partition, positions: list[int]) -> bool:
     return [height * width for height, width in chosen.tiles] == positions
+
+
+def _connected(net: Net, block: str) -> Pair:
+    """Sets of weights, and places of a tile, by the shape of fc3."""
+    shape = net.shape(f"{block}.fc3.weight")
+    if len(shape) != 4 or not shape[1] or not shape[0] or shape[0] % shape[1] or shape[2:] != (1, 1):
+        raise InputError(
+            f"{block}.fc3.weight has shape {shape}; expected (sets * places, places, 1, 1)",
+            hint="the file is damaged, or its layers were changed by hand",
+        )
+    return shape[0] // shape[1], shape[1]
 
 
 def _splits(positions: int, size: Pair) -> list[Pair]:
@@ -149,18 +158,18 @@ def unit(net: Net, name: str, x: Tensor, tile: Pair) -> Tensor:
 def block(net: Net, name: str, x: Tensor, tile: Pair) -> Tensor:
     """Tiles become rows that share `sets` sets of weights; what comes back is multiplied by a gate per channel."""
     inside, norm = f"{name}.repmlp_block", f"{name}.prebn1"
-    rows, positions = net.shape(f"{inside}.fc3.weight")[:2]
-    sets, (batch, channels, height, width) = rows // positions, x.shape
+    (sets, positions), (batch, channels, height, width) = _connected(net, inside), x.shape
     if channels % sets:
         raise NotRecognised(f"{inside}.fc3 has {sets} sets of weights for {channels} channels")
     before: str | None = norm
     if sets != channels:
         before, x = None, net.norm(norm, x, why="its channels share the weights behind it, which differ per channel")
+    required(net, f"{inside}.gp.fc1.bias", f"{inside}.gp.fc2.bias")
     gate = F.relu(net.at(f"{inside}.gp.fc1", x.mean((2, 3), keepdim=True), before=before))
     gate = torch.sigmoid(net.at(f"{inside}.gp.fc2", gate))
     (down, across), sharing = (height // tile[0], width // tile[1]), channels // sets
     tiles = x.reshape(batch, channels, down, tile[0], across, tile[1]).permute(0, 2, 4, 1, 3, 5)
-    mixed = net.at(inside, tiles.reshape(batch * down * across * sharing, rows, 1, 1), before=before, tile=tile)
+    mixed = net.at(inside, tiles.reshape(batch * down * across * sharing, sets * positions, 1, 1), before=before, tile=tile)
     # not the order they were cut in: the official code views the same memory under another leading split
     mixed = mixed.reshape(batch * sharing, down, across, sets, *tile).permute(0, 3, 1, 4, 2, 5)
     return mixed.reshape(batch, channels, height, width) * gate

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repdeploy.errors import NotRecognised
 from repdeploy.skeletons.attention import squeeze_excite
-from repdeploy.skeletons.layers import summed
+from repdeploy.skeletons.layers import required, summed
 from repdeploy.skeletons.net import Net, Skeleton
 
 
@@ -59,7 +59,10 @@ def official(net: Net, x: Tensor) -> Tensor:
 
 
 def attended(net: Net, name: str, x: Tensor) -> Tensor:
-    return squeeze_excite(net, name, x, reduce="fc1", expand="fc2") if name in net else x
+    if name not in net:
+        return x
+    required(net, f"{name}.fc1.bias", f"{name}.fc2.bias")
+    return squeeze_excite(net, name, x, reduce="fc1", expand="fc2")
 
 
 def feed_forward(net: Net, name: str, first: str, second: str, x: Tensor) -> Tensor:

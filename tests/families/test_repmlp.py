@@ -523,3 +523,59 @@ def test_the_sample_mixes_tiles_and_channels() -> None:
     sets, channels = tensors["stages.0.0.repmlp_block.fc3_bn.weight"].shape[0], tensors["stages.0.0.prebn1.weight"].shape[0]
     assert 1 < sets < channels
     assert described(SAMPLES["repmlp"].checkpoint("repmlp"), image=(1, 16, 16)) is not None
+
+
+def tiled(*tiles: tuple[int, int]) -> RepMLPNet:
+    """Two stages of one unit; the patch is 2x2."""
+    torch.manual_seed(0)
+    model = scatter(RepMLPNet((4, 8), (1, 1), tiles, (2, 4), 3, patch=2))
+    assert isinstance(model, RepMLPNet)
+    return model
+
+
+@pytest.mark.parametrize("last", [(1, 1), (3, 3), (5, 5), (8, 8)])
+def test_square_tiles_need_no_image(last: tuple[int, int], tmp_path: Path) -> None:
+    """Whatever sizes are tried on the way to a legal one."""
+    path = save(tiled((2, 2), last), tmp_path / "square.pth")
+    made = repdeploy.convert(path, output=tmp_path / "b.repdeploy")
+    assert [(fact.value, fact.origin) for fact in made.manifest.facts if fact.name == "partition"] == [
+        (f"2x2,{last[0]}x{last[1]}", "skeleton")
+    ]
+
+
+def test_an_image_does_not_overrule_square_tiles(tmp_path: Path) -> None:
+    """On a map of 2x8, 2x8 tiles would fit and mean another function."""
+    path = save(tiled((4, 4), (4, 4)), tmp_path / "square.pth")
+    with pytest.raises(IllegalInput, match="tiles of 4x4, which do not divide its 6x8 map"):
+        repdeploy.convert(path, output=tmp_path / "b.repdeploy", input_shape=(1, 3, 24, 32))
+    stated = repdeploy.convert(path, output=tmp_path / "b.repdeploy", input_shape=(1, 3, 24, 32), set=["partition=4x4,2x8"])
+    assert stated.manifest.verdict.passed
+
+
+def test_a_bias_beside_the_norm_is_both_forms_at_once(tmp_path: Path) -> None:
+    state = dict(tiled((4, 4), (2, 2)).state_dict())
+    state["stages.0.0.repmlp_block.fc3.bias"] = torch.ones(32)
+    torch.save(state, tmp_path / "both.pth")
+    with pytest.raises(InputError, match="only one of the two forms can be right"):
+        repdeploy.convert(tmp_path / "both.pth", output=tmp_path / "b.repdeploy")
+
+
+@pytest.mark.parametrize("shape", [(16, 32, 1, 1), (0, 16, 1, 1), (32, 0, 1, 1), (), (33, 16, 1, 1), (32, 16)])
+def test_a_damaged_fully_connected_layer_is_refused_by_name(shape: tuple[int, ...], tmp_path: Path) -> None:
+    state = dict(tiled((4, 4), (2, 2)).state_dict())
+    state["stages.0.0.repmlp_block.fc3.weight"] = torch.ones(shape)
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(InputError, match=r"stages\.0\.0\.repmlp_block"):
+        repdeploy.convert(tmp_path / "damaged.pth", output=tmp_path / "b.repdeploy")
+
+
+def test_operations_are_counted_for_every_tile(tmp_path: Path) -> None:
+    """Each set of weights serves its channels at every tile of the map."""
+    path = save(tiled((4, 4), (2, 2)), tmp_path / "net.pth")
+    counted = {}
+    for side in (16, 32):
+        made = repdeploy.convert(path, output=tmp_path / f"{side}.repdeploy", input_shape=(1, 3, side, side), prune_dead=True)
+        assert made.manifest.pruning is not None
+        counted[side] = made.manifest.pruning.flops_before
+    fixed = 2 * (4 * 1 * 2 + 8 * 2 * 2 + 8 * 3)  # the gates and the head see one place each
+    assert counted[32] - fixed == 4 * (counted[16] - fixed)

@@ -751,3 +751,50 @@ def test_the_sample_has_forgotten_more_than_half_of_its_channels() -> None:
     assert norms[small].max() < THRESHOLD / 2
     assert norms[~small].min() > 10 * THRESHOLD
     assert (norms[small] > 0).all()
+
+
+def test_a_compactor_with_a_bias_is_another_block(tmp_path: Path) -> None:
+    """A row at zero would not be silent: it gives its bias."""
+    case = CASES["src20"]
+    state = dict(case.model().state_dict())
+    state["stage1.block0.conv1.compactor.pwc.bias"] = torch.ones(len(state["stage1.block0.conv1.compactor.mask"]))
+    torch.save(state, tmp_path / "biased.pth")
+    with pytest.raises(InputError, match="a compactor has none"):
+        repdeploy.convert(tmp_path / "biased.pth", output=tmp_path / "b.repdeploy")
+
+
+def test_a_ruinous_threshold_is_warned_of_even_where_the_verdict_is_anchored(tmp_path: Path) -> None:
+    """The fusion is proved against the network without those rows; what is left of the trained one is another question."""
+    case = CASES["src20"]
+    model = case.model().eval()
+    path = save_hdf5(model.state_dict(), tmp_path / "net.hdf5")
+    x = images(case, case.sizes[0])
+    with torch.no_grad():
+        np.savez(tmp_path / "expect.npz", input=x.numpy(), output=model.double()(x).numpy())
+    done, _ = converted(path, set=["threshold=0.9"], expect=tmp_path / "expect.npz")
+    assert done.manifest.verdict.grade == "anchored"
+    assert done.manifest.pruning is not None
+    assert done.manifest.pruning.cost is not None
+    assert done.manifest.pruning.cost > 1e-3
+    assert any("a lower --set threshold keeps more" in warning for warning in done.manifest.verdict.warnings)
+    gentle, _ = converted(path)
+    assert not gentle.manifest.verdict.warnings
+
+
+def test_rows_that_have_to_stay_are_told(tmp_path: Path) -> None:
+    path = save_hdf5(CASES["src20, coupled layers alone"].model().state_dict(), tmp_path / "net.hdf5")
+    done, _ = converted(path)
+    assert done.manifest.pruning is not None
+    assert any(note.startswith("stage1.conv1: of the outputs it gave up") for note in done.manifest.pruning.notes)
+
+
+def test_layers_with_equal_weights_share_tensors_and_not_names(tmp_path: Path) -> None:
+    """Two layers that keep one dead row each: the exporter merges their weights."""
+    model = CASES["src20"].model()
+    for name, compactor in compactors(model).items():
+        if name.startswith("stage1"):
+            compactor.pwc.weight.data.zero_()
+    path = save_hdf5(model.state_dict(), tmp_path / "net.hdf5")
+    done, _ = converted(path, input_shape=(1, 3, 32, 32))
+    assert done.bundle is not None
+    assert repdeploy.export(done.bundle).artifacts[0].checks[0].passed

@@ -22,6 +22,7 @@ from repdeploy.pruning import Thinned, thin
 from repdeploy.rebuild import reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
+from sample_models.fastvit import FastViT
 from sample_models.mobileone import MobileOne
 from sample_models.replknet import RepLKNet
 from sample_models.scatter import scatter
@@ -122,6 +123,38 @@ def test_what_nobody_reads_keeps_one_channel_too(tmp_path: Path) -> None:
     deploy = result.deploy().network(squeezed=True, dtype=torch.float64)
     got = deploy(torch.randn(2, 3, 33, 35, dtype=torch.float64))
     assert torch.allclose(got, model.linear.bias.double().expand_as(got))
+
+
+def test_what_only_a_leaving_channel_reads_leaves_too(tmp_path: Path) -> None:
+    """The head ignores an output, which alone read a channel before it, which alone read one before that."""
+    model = repvgg()
+    with torch.no_grad():
+        model.linear.weight[:, 5] = 0
+        for block, column in ((model.stage4[0], 3), (model.stage3[0], 2)):
+            others = [row for row in range(block.rbr_dense.conv.out_channels) if row != (5 if block is model.stage4[0] else 3)]
+            for name, module in block.named_modules():
+                if name.endswith("conv"):
+                    module.weight[others, column] = 0
+    result = thinned(save(model, tmp_path / "chain.pth"))
+    assert widths(result) == {"stage2.1": (8, 7), "stage3.0": (12, 11), "stage4.0": (16, 15)}
+    assert_same(model, result)
+
+
+def test_attention_keeps_its_heads(tmp_path: Path) -> None:
+    """The stream around it may lose channels; what is cut into heads does not."""
+    torch.manual_seed(0)
+    model = scatter(FastViT(layers=(1, 1), widths=(8, 64), classes=5, attention=1, positions=1))
+    assert isinstance(model, FastViT)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.startswith("stages.1.") and value.shape[:1] == (64,) and not name.endswith("running_var"):
+                value[7] = 0
+            if name.startswith("final_conv.conv") and value.shape[:1] == (128,) and not name.endswith("running_var"):
+                value[14:16] = 0  # what its two filters make of the channel, which a gate would multiply
+    result = thinned(save(model, tmp_path / "heads.pth"))
+    assert widths(result)["stages.1.downsample.proj.1"] == (64, 63)
+    assert "stages.1.blocks.0.token_mixer.qkv" not in widths(result)
+    assert_same(model, result)
 
 
 def test_a_sum_couples_its_channels(tmp_path: Path) -> None:
