@@ -24,7 +24,7 @@ from repdeploy.bundle import (
 )
 from repdeploy.digest import digest
 from repdeploy.errors import InputError, UsageError, VerificationFailed
-from repdeploy.records import Conversion, Dtype, Gates, Manifest, to_json
+from repdeploy.records import ASSUMED, Conversion, Dtype, Gates, Manifest, to_json
 
 TOOLS = ("repdeploy", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors")
 
@@ -83,7 +83,10 @@ def recorded(path: Path | None) -> dict[str, np.ndarray] | None:
     if not path.is_file():
         raise UsageError(f"there is no file {path}", hint="--expect takes an .npz with the arrays input and output")
     try:
-        with np.load(path, allow_pickle=False) as content:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            raise InputError(f"{path.name} is one array", hint=gates.RECORD)
+        with content:
             recorded = dict(content)
     except (OSError, ValueError, TypeError, EOFError) as reason:
         raise InputError(f"{path.name} is no .npz file of plain arrays: {reason}", hint="write it with np.savez") from reason
@@ -120,9 +123,19 @@ def _report_failure(folder: Path, target: Path, manifest: Manifest, request: Req
     what_to_report = "graph" if manifest.graph is not None else "checkpoint's key names"
     raise VerificationFailed(
         f"verification failed at gate '{first.gate}', {first.subject}: {what}; no bundle was written{kept}",
-        hint="the recorded outputs and this description differ: check eps, stride and input preprocessing with --set, or --arch"
+        hint=_other_causes(manifest)
         if anchored
         else f"please report this with the {what_to_report}; --keep-failed keeps the result for a look",
+    )
+
+
+def _other_causes(manifest: Manifest) -> str:
+    """Why recorded outputs may not be this description's."""
+    facts = ", ".join(dict.fromkeys(fact.name for fact in manifest.facts if fact.origin in ASSUMED))
+    others = "--weights ema (the file holds EMA weights too), " if manifest.source.has_ema else ""
+    return (
+        f"the recorded outputs and this description differ: check what was assumed ({facts or 'nothing'}) with --set, "
+        f"{others}the preprocessing of the images, and that the outputs are logits in evaluation mode"
     )
 
 

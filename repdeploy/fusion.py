@@ -44,8 +44,6 @@ from repdeploy.weights_file import NAMES, WeightsWriter
 
 YOLO_EPS = 1e-3
 """YOLOv6 and v7 use RepVGG's keys with this eps; where nobody states eps, the report says how much it would change."""
-LOSSLESS = 1e-3
-"""Rows that training has really driven to zero change the outputs by 1e-4 at most, relative to the largest."""
 MAX_REASONS = 3
 """Networks whose reason not to fit is spelled out; inspect has them all."""
 
@@ -179,9 +177,9 @@ def _fill(
     checks, references_sha256 = list(fused.checks), None
     grade: Grade = "blocks only"
     if plan is not None and request.gates == "all":
-        grade = "anchored" if expect is not None else "self-consistent"
         proof = prove_network(folder / WEIGHTS, checkpoint, plan, facts, families, thinned, expect, request.seed, progress)
         checks += proof.checks
+        grade = "anchored" if proof.is_anchored else "self-consistent"
         if described.pruning is not None:
             described = replace(described, pruning=replace(described.pruning, cost=proof.pruning_cost))
             fused = replace(fused, warnings=(*fused.warnings, *_pruning_warnings(proof.pruning_cost)))
@@ -206,7 +204,7 @@ def _fill(
 
 
 def _pruning_warnings(cost: float | None) -> tuple[str, ...]:
-    if cost is None or cost <= LOSSLESS:
+    if cost is None or cost <= gates.LOSSLESS:
         return ()
     return (
         f"the channels that left were not at zero: without them the training-time outputs change by {cost:.1%}, so this is not "
@@ -255,7 +253,7 @@ def _fuse(
             steps.append((key, None))
             table[key] = tuple(narrowed[key].shape), dtype
         elif key in gone or key.replace(COUNTER, "running_mean") in gone:
-            dropped.append((key, "a norm folded into its convolution, which lost channels"))
+            continue  # in its convolution, which lost channels
         elif reason := next((why for name, why in recognition.dropped.items() if inside(key, name)), None):
             dropped.append((key, reason))
         else:

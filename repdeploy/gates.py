@@ -26,6 +26,8 @@ ROUNDING_FACTOR = 4.0
 """Gate 3: the deploy network's float32 noise over the training-time network's; below 2.2 over 43 networks."""
 PRECISION_BUDGETS = {"fp64": NETWORK_BUDGET, "fp32": 1e-4, "tf32": 2e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Gate 4, per precision of the artifact."""
+LOSSLESS = 1e-3
+"""What zeroing given-up channels may change of the outputs; rows that training drove to zero change them by 1e-4 at most."""
 EXPECT_BUDGETS = {"float64": 1e-6, "float32": 1e-4}
 """Against outputs that the user's own training code recorded, by the type they were recorded in."""
 RECORD = "np.savez('expect.npz', input=x.numpy(), output=model.eval()(x).numpy()), in float32 or float64"

@@ -110,6 +110,7 @@ def convert(
         arch=arch,
         set=settings,
         input_shape=_joined(input_shape),
+        expect=None if expect is None else Path(expect).name,
         gates=None if gates == "all" else gates,
         dtype=None if dtype == "float32" else dtype,
         seed=seed or None,

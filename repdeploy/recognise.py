@@ -33,6 +33,9 @@ Shape = tuple[int, int, int]
 COUNTER = "num_batches_tracked"
 """Batch norm's own counter: no number of the network."""
 SIDES = (9, 17, 33, 65, 97, 129, 161, 193, 225, 257, 321, 385)
+MAX_ANCHORS = 2
+"""Of a family that does not match, the keys that are named."""
+CONVERTED_ALREADY = "it has no batch norm: if it is converted already there is nothing to do, and --family NAME says so"
 LAST_MAP = 3
 """Gates want a last map of at least this height and width, so that it has an interior."""
 
@@ -184,7 +187,8 @@ def recognise(
         raise NotRecognised(
             "no block of an installed family is in this file: "
             + "; ".join(f"{item.family}: {item.reason}" for item in found.values() if isinstance(item, NoMatch)),
-            hint=f"its keys look like {_examples(tensors)}; `repdeploy families` lists what is known",
+            hint=f"its keys look like {_examples(tensors)}"
+            + ("; `repdeploy families` lists what is known" if _has_norms(tensors) else f"; {CONVERTED_ALREADY}"),
         )
     matched.sort(key=lambda item: _closeness(item, found[item.name], keys))
     kinds = [(item, kind) for item in matched for kind in item.kinds]
@@ -211,7 +215,11 @@ def recognise(
             )
     if not slots and plan is None:
         reasons = "; ".join(item.reason for item in tried if isinstance(item, NoMatch))
-        raise NotRecognised(f"no whole block is in this file: {reasons}")
+        others = ", ".join(item.family for item in found.values() if isinstance(item, Match) and item.family != family)
+        raise NotRecognised(
+            f"no whole block is in this file: {reasons}",
+            hint=f"blocks of {others} are in this file: leave --family out, or name it" if others else "",
+        )
     owners = tuple(dict.fromkeys(slot.family for slot in slots))
     name, notes = _architecture(slots, matched, stored_name, arch, plan, facts.record())
     notes += _odd_ones(slots)
@@ -335,8 +343,15 @@ def _matches(family: Family, keys: Keys, facts: Facts, named: bool, may_be_fused
     fused = len({join(name, kind.anchor) for kind in deployed for name in _standing(kind, keys)})
     if training or fused:
         return Match(family.name, training, fused)
-    anchors = " or ".join(dict.fromkeys(repr(kind.anchor) for kind in telling if not kind.ordinary_name))
-    return NoMatch(family.name, f"no key ends in {anchors}" if anchors else "no module of its class is in the file")
+    anchors = list(dict.fromkeys(repr(kind.anchor) for kind in telling if not (kind.ordinary_name and kind.one_of_several)))
+    if not anchors:
+        return NoMatch(family.name, "no key or module of its own is in the file")
+    more = " ..." if len(anchors) > MAX_ANCHORS else ""
+    return NoMatch(family.name, f"no key ends in {' or '.join(anchors[:MAX_ANCHORS])}{more}")
+
+
+def _has_norms(tensors: Table) -> bool:
+    return any(key.endswith("running_mean") for key in tensors)
 
 
 def _stands_at(name: str, kind: BlockKind, keys: Keys) -> bool:
@@ -560,7 +575,7 @@ class _Planner:
             nothing_tells = convention is None or (image_says and not self.image_is_stated)
             if nothing_tells and self.facts.stated("", name) is None:
                 given = f"; the image leaves open: {image_says}" if image_says and self.image_is_stated else ""
-                other = "" if self.image_is_stated else ", or give the size of its images with --input-shape, which may tell"
+                other = "" if self.image_is_stated else ", or convert with --input-shape: the size of its images may tell"
                 raise InputError(f"{question}{given}", hint=f"state it with --set {name}=...{other}")
             origin: Origin = "image" if image_says else "skeleton"
             self.answers[name] = self.facts.resolve("", name, convention=convention, origin=origin)
@@ -611,7 +626,10 @@ class _Planner:
         try:
             result = self.skeleton.forward(self, torch.empty(0, *shape))
         except RuntimeError as reason:  # a pooling window that does not fit the map it gets
-            raise IllegalInput(f"an image of {'x'.join(map(str, shape))} is too small: {reason}".splitlines()[0]) from reason
+            raise IllegalInput(
+                f"an image of {'x'.join(map(str, shape))} is too small: {reason}".splitlines()[0],
+                hint="use a larger image; convert without --input-shape finds the smallest",
+            ) from reason
         return result
 
     def left_over(self) -> list[str]:
@@ -639,7 +657,7 @@ def _fit(
             shape = _smallest_shape(planner, channels)
         elif input_shape[0] != channels:
             raise IllegalInput(
-                f"the network takes {channels} channels, --input-shape gives {input_shape[0]}",
+                f"the network takes {channels} channels, the image has {input_shape[0]} (of channels, height, width)",
                 hint=f"for example --input-shape 1x{channels}x{skeleton.side}x{skeleton.side}",
             )
         else:
@@ -787,7 +805,7 @@ def _architecture(
     different = list({id(table[item]): item for item in reversed(fitting)}.values())[::-1]  # a variant may have two names
     name = arch or own_name or " or ".join(different) or None
     notes: tuple[str, ...] = ()
-    if stored is not None and _plain_name(name or "") not in called:
+    if stored is not None and _plain_name(name or "") not in called and stored not in {item.name for item in families}:
         notes = (f"the file calls itself {stored}; its shapes are {name or own}, and shapes win",)
     return name or f"{plan.skeleton.name} ({own})", notes
 

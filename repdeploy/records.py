@@ -15,7 +15,7 @@ BENCH_SCHEMA = "repdeploy.bench/1"
 Origin = Literal["set", "arch", "file", "image", "skeleton", "default"]
 """Where a fact comes from: --set, --arch, the file beside its tensors, the size of the images that the user gave, the network's
 convention, or nothing at all."""
-ASSUMED: tuple[Origin, ...] = ("skeleton", "default")
+ASSUMED: tuple[Origin, ...] = ("image", "skeleton", "default")
 """Origins that nobody stated: the verdict lists such facts unless it is anchored."""
 
 
@@ -315,11 +315,12 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """Every artifact of a bundle (or two artifacts) against the recorded float64 reference."""
+    """Every artifact of a bundle (or two artifacts) against the recorded float64 reference; `warnings`: the conversion's."""
 
     subject: str
     checks: tuple[Check, ...]
     skipped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     schema: str = "repdeploy.verify/1"
 
     @property

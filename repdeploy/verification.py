@@ -65,7 +65,7 @@ def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Ve
                 checks += onnx_checks(path, artifact.precision, *pair, dynamic="batch" in artifact.dynamic)
         else:
             skipped.append(f"{artifact.file}: nothing here runs a {artifact.kind}")
-    return Verification(str(opened.path), tuple(checks), tuple(skipped))
+    return Verification(str(opened.path), tuple(checks), tuple(skipped), opened.manifest.verdict.warnings)
 
 
 def _replay_graph(opened: Bundle, checks: list[Check], progress: Progress) -> Verification:
@@ -141,7 +141,7 @@ def again(
             hint="give the original checkpoint, or convert this one",
         )
     checks = prove_again(opened, checkpoint, families, shape, seed, progress)
-    return Verification(f"{opened.path} against {checkpoint.path.name}", tuple(checks))
+    return Verification(f"{opened.path} against {checkpoint.path.name}", tuple(checks), warnings=manifest.verdict.warnings)
 
 
 def compare(first: Path, second: Path, families: Sequence[Family], shape: tuple[int, ...] | None, seed: int) -> Verification:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Inspection,
         KeptNode,
         Manifest,
+        PrunedLayer,
         Pruning,
         Source,
         Tool,
@@ -209,6 +210,8 @@ def show_verification(verification: Verification) -> int:
                 console.print(Text(f"{check.subject}: {check.failure}", "red"))
         for reason in verification.skipped:
             console.print(Text(f"not checked: {reason}", "yellow"))
+        for warning in verification.warnings:
+            console.print(Text(f"warning: {warning}", "yellow"))
         passed = sum(check.passed for check in verification.checks)
         style = "bold green" if verification.passed else "bold red"
         console.print(Text(f"{passed} of {len(verification.checks)} checks passed", style))
@@ -449,7 +452,7 @@ def _pruning(console: Console, pruning: Pruning) -> None:
     for index, layer in enumerate(shown):
         if len(shown) < len(layers) and index == len(shown) - 1:
             table.add_row(f"... {len(layers) - len(shown)} more")
-        table.add_row(layer.name, str(layer.before), str(layer.after), f"{1 - layer.after / layer.before:.0%}")
+        table.add_row(layer.name, str(layer.before), str(layer.after), _share_gone(layer))
     console.print(table)
     flops, parameters = (
         f"{text(before)} -> {text(after)} ({after / before - 1:+.1%})"
@@ -461,6 +464,11 @@ def _pruning(console: Console, pruning: Pruning) -> None:
     console.print(f"{pruning.removed} channels leave the fused network: {flops}, parameters {parameters}")
     if pruning.cost is not None:
         console.print(f"what pruning costs: the training-time outputs change by {_number(pruning.cost)} (relative)")
+
+
+def _share_gone(layer: PrunedLayer) -> str:
+    gone = 1 - layer.after / layer.before
+    return f"{gone:.0%}" if gone >= 0.01 else "<1%"
 
 
 def _graph(console: Console, graph: GraphReport) -> None:

@@ -36,7 +36,9 @@ def norm(text: str) -> float:
     return value
 
 
-THRESHOLD = FactKind("threshold", norm, "the L2 norm below which a compactor's row leaves the network: threshold=1e-5")
+THRESHOLD = FactKind(
+    "threshold", norm, "at least 0: the L2 norm below which a compactor's row leaves the network, threshold=1e-5"
+)
 
 
 def describe(block: Block) -> Linear:

@@ -147,6 +147,7 @@ def _write_onnx(
         "source": manifest.source.file, "source_sha256": manifest.source.sha256, "weights_sha256": manifest.weights_sha256,
         "family": manifest.family, "architecture": manifest.architecture, "grade": manifest.verdict.grade,
         "version": manifest.tools.get("repdeploy", ""), **limits,
+        **({"warnings": "; ".join(manifest.verdict.warnings)} if manifest.verdict.warnings else {}),
     }  # fmt: skip
     with replacing(path) as temporary:
         batch = None if dynamic == "batch" else shape[0]

@@ -110,7 +110,7 @@ def _tiles(net: Net, image: Pair, patch: int, positions: list[int]) -> tuple[Pai
             raise IllegalInput(
                 f"stage {stage} works on tiles of {height}x{width}, which do not divide its {size[0]}x{size[1]} map",
                 hint=(f"the smallest legal image is {legal[0]}x{legal[1]}; " if legal else "")
-                + "other tiles are stated with --set partition=",
+                + "other tiles are stated with convert --set partition=",
                 fits=legal,
             )
     return chosen.tiles

@@ -763,7 +763,7 @@ def test_a_compactor_with_a_bias_is_another_block(tmp_path: Path) -> None:
         repdeploy.convert(tmp_path / "biased.pth", output=tmp_path / "b.repdeploy")
 
 
-def test_a_ruinous_threshold_is_warned_of_even_where_the_verdict_is_anchored(tmp_path: Path) -> None:
+def test_a_ruinous_threshold_is_warned_of_and_nothing_anchors_it(tmp_path: Path) -> None:
     """The fusion is proved against the network without those rows; what is left of the trained one is another question."""
     case = CASES["src20"]
     model = case.model().eval()
@@ -772,13 +772,20 @@ def test_a_ruinous_threshold_is_warned_of_even_where_the_verdict_is_anchored(tmp
     with torch.no_grad():
         np.savez(tmp_path / "expect.npz", input=x.numpy(), output=model.double()(x).numpy())
     done, _ = converted(path, set=["threshold=0.9"], expect=tmp_path / "expect.npz")
-    assert done.manifest.verdict.grade == "anchored"
+    assert done.manifest.verdict.grade == "self-consistent"
     assert done.manifest.pruning is not None
     assert done.manifest.pruning.cost is not None
     assert done.manifest.pruning.cost > 1e-3
     assert any("a lower --set threshold keeps more" in warning for warning in done.manifest.verdict.warnings)
-    gentle, _ = converted(path)
+    assert done.bundle is not None
+    assert repdeploy.verify(done.bundle).warnings == done.manifest.verdict.warnings
+    gentle, _ = converted(path, expect=tmp_path / "expect.npz")
     assert not gentle.manifest.verdict.warnings
+    assert gentle.manifest.verdict.grade == "anchored"
+    with torch.no_grad():
+        np.savez(tmp_path / "pruned.npz", input=x.numpy(), output=case.reference(model, 0.9)(x).numpy())
+    pruned, _ = converted(path, set=["threshold=0.9"], expect=tmp_path / "pruned.npz")
+    assert pruned.manifest.verdict.grade == "anchored"
 
 
 def test_rows_that_have_to_stay_are_told(tmp_path: Path) -> None:
