@@ -100,7 +100,7 @@ def _thinned(
                 hint="leave --prune-dead out: the blocks are fused and proved one by one",
             )
         given_up = sum(slot.kind.gives_up is not None for slot in recognition.slots)
-        note = f"{given_up} compactors are folded and none of their rows is removed: what reads them is not known here"
+        note = f"{given_up} blocks may have rows to lose and none of their rows is removed: what reads them is not known here"
         return (replace(recognition, notes=(*recognition.notes, note)) if given_up else recognition), None
     if not (request.prune_dead or gives_up(plan)):
         return recognition, None
