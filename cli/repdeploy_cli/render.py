@@ -58,6 +58,8 @@ MAX_FORMULA, LEAST_FORMULA = 40, 10
 """A formula that is longer, or has no room, stands below the table, once."""
 SHORTEST_NAME = 24
 """A block's name is not cut shorter than this."""
+BRANCH_COLUMNS = 47
+"""Characters of a branch table beside the names of blocks and the formulas."""
 COLUMNS_BESIDE = 24
 """Characters of a block table's other columns: parameters, errors, the space between."""
 
@@ -528,13 +530,20 @@ def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
     from statistics import median
 
     table = _table("block", "branch~", ">share", ">norm", ">closest", ">dead channels")
-    for block in blocks[:MAX_BLOCK_ROWS]:
+    shown = blocks[:MAX_BLOCK_ROWS]
+    names = min(
+        max((len(block.name) for block in shown), default=0), max(console.width - BRANCH_COLUMNS - LEAST_FORMULA, SHORTEST_NAME)
+    )
+    room = max(console.width - BRANCH_COLUMNS - names, LEAST_FORMULA)
+    formulas = dict.fromkeys(branch.formula for block in shown for branch in block.branches)
+    letters = dict(zip((formula for formula in formulas if len(formula) > room), ascii_uppercase, strict=False))
+    for block in shown:
         for index, branch in enumerate(block.branches):
             others = [(cosine, other) for other, cosine in enumerate(branch.similarity) if other != index]
             cosine, other = max(others, key=lambda item: abs(item[0]), default=(0.0, -1))
             table.add_row(
-                (block.name or "(root)") if index == 0 else "",
-                f"{index + 1}  {branch.formula}",
+                _shortened(block.name or "(root)", names) if index == 0 else "",
+                f"{index + 1}  {letters.get(branch.formula, branch.formula)}",
                 f"{branch.share:.1%}",
                 f"{branch.norm:.2f}",
                 f"{cosine:+.2f} to {other + 1}" if other >= 0 else "",
@@ -542,6 +551,8 @@ def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
             )
     console.print()
     console.print(table)
+    for formula, letter in letters.items():
+        console.print(f"{letter} = {formula}")
     if len(blocks) > MAX_BLOCK_ROWS:
         console.print(f"... {len(blocks) - MAX_BLOCK_ROWS} more; --json has them all")
     summary = _table("branch of all blocks~", ">blocks", ">median share", "from .. to", ">dead in")
