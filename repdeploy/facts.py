@@ -46,6 +46,13 @@ def positive_float(text: str) -> float:
     return value
 
 
+def number_from_zero(text: str) -> float:
+    """Raises ValueError."""
+    if not 0 <= (value := float(text)) < float("inf"):
+        raise ValueError("a number of at least 0")
+    return value
+
+
 def yes_or_no(text: str) -> bool:
     """Raises ValueError."""
     answers = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

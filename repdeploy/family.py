@@ -32,10 +32,9 @@ class BlockKind:
     """One key layout of one block.
 
     `anchor`: one such key, one block; its kernel is the block's largest, unless `largest` is. `deploys_as`: where the fused
-    convolution's weight
-    and bias go, "" for the block's own name, None where the official deploy model keeps the layers as they are.
-    `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether the
-    keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
+    convolution's weight and bias go, "" for the block's own name, None where the official deploy model keeps the layers as
+    they are. `describe`: the block as an expression. `inputs`: its input channels where the tensors tell them. `fits`: whether
+    the keys and shapes beside the anchor are this block's (no number is read). `classes`: what a pickled model calls the block.
     `eps`: batch norm's by convention. `ordinary_name`: other networks use the deploy name too, so it tells nothing.
     `one_of_several`: more blocks may stand under the same prefix. `identity`: the norm of the input, which such a block has
     exactly where its map keeps width and resolution. `geometry_of`: the submodule whose attributes a pickled

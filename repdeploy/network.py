@@ -158,8 +158,8 @@ class Description:
             slot = self.plan.slots[name]
             if (squeezed and name not in self.plan.norms) or isinstance(expression, Conv):
                 conv = conv.map(lambda tensor: tensor.to(dtype))
-                dense = LinearLayer(conv.weight.flatten(1), conv.bias) if slot.on_vector else ConvLayer(conv)
-                layers[name] = slot.deploy_module, dense
+                fused = LinearLayer(conv.weight.flatten(1), conv.bias) if slot.on_vector else ConvLayer(conv)
+                layers[name] = slot.deploy_module, fused
             else:
                 literal = (fixed(expression) if static else expression).map(lambda tensor: tensor.to(dtype))
                 layers[name] = name, VectorLayer(literal) if slot.on_vector else ExpressionLayer(literal)

@@ -67,7 +67,7 @@ def prove_network(
     checks = [network_check]
     cost = None
     if training is not as_stored:
-        checks[0] = replace(network_check, detail="channels that training gave up count as zero")
+        checks[0] = replace(network_check, subject="float64, training-time with given-up channels at zero, against deploy")
         cost = gates.relative_error(reference, gates.run_in_chunks(as_stored, images.double()))
     is_anchored = False
     if expect is not None:

@@ -206,6 +206,22 @@ class CifarResNet(nn.Module):
         return logits
 
 
+class ChannelGate(nn.Module):
+    """A factor per channel from the mean over the whole map, `inside` channels wide inside: 1x1 convolutions with biases.
+
+    x (batch, channels, height, width) -> (batch, channels, 1, 1)
+    """
+
+    def __init__(self, channels: int, inside: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, inside, 1)
+        self.fc2 = nn.Conv2d(inside, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Tensor = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+        return gate.sigmoid()
+
+
 class MobileNet(nn.Module):
     """MobileNet-v1 of DBB (global pooling), smi1 of ACNet and ResRep (a fixed 7x7 window).
 

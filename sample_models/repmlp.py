@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sample_models.backbones import ChannelGate
+
 Size = tuple[int, int]
 """Height and width."""
 
@@ -36,19 +38,6 @@ class LocalPerceptron(nn.Module):
         return y
 
 
-class GlobalPerceptron(nn.Module):
-    """A gate per channel from the mean over the whole map: x (batch, channels, ...) -> (batch, channels, 1, 1)."""
-
-    def __init__(self, channels: int, inside: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, inside, 1)
-        self.fc2 = nn.Conv2d(inside, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate: Tensor = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
-        return gate.sigmoid()
-
-
 class RepMLPBlock(LocalPerceptron):
     """A fully connected layer over the pixels of a tile, plus small convolutions inside it, times the global gate.
 
@@ -60,7 +49,7 @@ class RepMLPBlock(LocalPerceptron):
         super().__init__()
         self.tile, self.share_sets = tile, share_sets
         pixels = share_sets * tile[0] * tile[1]
-        self.gp = GlobalPerceptron(channels, channels // reduce)
+        self.gp = ChannelGate(channels, channels // reduce)
         self.fc3 = nn.Conv2d(pixels, pixels, 1, groups=share_sets, bias=deploy)
         self.fc3_bn: nn.Module = nn.Identity() if deploy else nn.BatchNorm2d(share_sets)
         self.add_convolutions(share_sets, share_sets, () if deploy else kernels)

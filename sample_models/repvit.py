@@ -6,8 +6,9 @@ from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sample_models.backbones import ChannelGate
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, deploy: bool = False) -> nn.Module:
@@ -16,17 +17,11 @@ def conv_norm(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, group
     return conv if deploy else nn.Sequential(OrderedDict[str, nn.Module](c=conv, bn=nn.BatchNorm2d(outputs)))
 
 
-class SqueezeExcite(nn.Module):
-    """A gate per channel from the mean over the whole map, `inside` channels wide inside."""
-
-    def __init__(self, channels: int, inside: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, inside, 1)
-        self.fc2 = nn.Conv2d(inside, channels, 1)
+class SqueezeExcite(ChannelGate):
+    """The map times its gate."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gate: Tensor = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        return x * super().forward(x)
 
 
 def quarter(channels: int) -> int:

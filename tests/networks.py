@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import repdeploy
 from repdeploy.checkpoint import load
 from repdeploy.facts import Facts, Setting
 from repdeploy.network import Network, describe
@@ -18,6 +20,8 @@ from repdeploy.registry import families
 from sample_models.repvgg import RepVGG
 from sample_models.scatter import scatter
 
+State = Mapping[str, Tensor]
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 SMALL: dict[str, Any] = {"blocks": (1, 2, 1, 1), "widths": (4, 8, 8, 12, 16), "classes": 5}
 
 
@@ -52,6 +56,25 @@ def assert_described(
             for got in (reading(x) for reading in readings):
                 assert got.shape == wanted.shape
                 assert float((got - wanted).abs().max()) <= 1e-11 * float(wanted.abs().max()), (height, width)
+
+
+def load_renamed(model: nn.Module, rename: Callable[[State], State], state: State) -> None:
+    """Load weights whose names `rename` makes of the module's own, strictly."""
+    own = dict(zip(rename(model.state_dict()), model.state_dict(), strict=True))
+    assert sorted(state) == sorted(own)
+    model.load_state_dict({own[key]: value for key, value in state.items()}, strict=True)
+
+
+def written(path: Path, **options: Any) -> dict[str, Tensor]:
+    """Convert a file; its deploy weights, in float64."""
+    bundle = path.with_suffix(".repdeploy")
+    assert repdeploy.convert(path, output=bundle, dtype="float64", **options).manifest.verdict.passed
+    return dict(load_file(bundle / "weights.safetensors"))
+
+
+def trained_numbers(state: Mapping[str, Tensor]) -> int:
+    """How many parameters there are; statistics and counters are none."""
+    return sum(value.numel() for key, value in state.items() if not key.endswith(STATISTICS))
 
 
 def save(model: nn.Module, path: Path) -> Path:

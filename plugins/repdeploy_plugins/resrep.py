@@ -11,7 +11,7 @@ from torch import Tensor
 from repdeploy.algebra import Linear
 from repdeploy.blocks import pair
 from repdeploy.errors import InputError
-from repdeploy.facts import FactKind
+from repdeploy.facts import FactKind, number_from_zero
 from repdeploy.family import Block, BlockKind, Family
 from repdeploy.skeletons import (
     BOTTLENECK_7X7,
@@ -29,15 +29,8 @@ from repdeploy.skeletons import (
 COMPACTOR = "compactor.pwc"
 
 
-def norm(text: str) -> float:
-    """Raises ValueError."""
-    if not 0 <= (value := float(text)) < float("inf"):
-        raise ValueError("a number of at least 0")
-    return value
-
-
 THRESHOLD = FactKind(
-    "threshold", norm, "at least 0: the L2 norm below which a compactor's row leaves the network, threshold=1e-5"
+    "threshold", number_from_zero, "at least 0: the L2 norm below which a compactor's row leaves the network, threshold=1e-5"
 )
 
 

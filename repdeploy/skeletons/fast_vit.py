@@ -26,12 +26,12 @@ def forward(net: Net, x: Tensor) -> Tensor:
         x = stem(net, "stem", x)
         for stage in net.children("stages"):
             for part in (f"{stage}.downsample", f"{stage}.pos_emb", f"{stage}.blocks"):
-                x = layer(net, part, part, x)
+                x = stage_or_layer(net, part, x)
         return head(net, "final_conv", "head.fc", x)
     if "patch_embed.0" in net and "conv_exp" in net:
         x = stem(net, "patch_embed", x)
         for name in net.children("network"):
-            x = layer(net, name, f"{name}.blocks" if f"{name}.blocks" in net else name, x)
+            x = stage_or_layer(net, name, x)
         return head(net, "conv_exp", "head", x)
     raise NotRecognised("neither stem.0 and final_conv nor patch_embed.0 and conv_exp")
 
@@ -45,13 +45,14 @@ def stem(net: Net, name: str, x: Tensor) -> Tensor:
     return x
 
 
-def layer(net: Net, name: str, stage: str, x: Tensor) -> Tensor:
+def stage_or_layer(net: Net, name: str, x: Tensor) -> Tensor:
     """What stands under a name, if anything: a downsampling, a position encoding, or a stage of blocks."""
     if f"{name}.proj" in net:
         return downsample(net, name, x)
-    if name in net and not net.children(stage):
+    blocks = net.children(name)
+    if name in net and not blocks:
         return net.at(name, x)
-    for block in net.children(stage):
+    for block in blocks:
         x = attention_block(net, block, x) if f"{block}.token_mixer.qkv" in net else mixer_block(net, block, x)
     return x
 

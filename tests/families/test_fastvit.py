@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import repdeploy
@@ -19,14 +19,13 @@ from repdeploy.errors import InputError
 from repdeploy.facts import Facts, Setting
 from sample_models.fastvit import FastViT, LargeKernel, PositionEncoding, RepMixer, apple_names
 from sample_models.scatter import scatter
-from tests.networks import assert_described, described, save
+from tests.networks import STATISTICS, assert_described, described, load_renamed, save, trained_numbers, written
 from tests.stages.test_recognise import recognised
 
 SMALL: dict[str, Any] = {"layers": (1, 2, 1), "widths": (6, 6, 12), "classes": 5, "mlp_ratio": 2.5}
 ATTENTIVE: dict[str, Any] = {"widths": (8, 16, 32), "attention": 1, "positions": 1}
 """One head of 32 channels in the last stage."""
 SIZES = [(33, 33), (65, 47), (34, 63)]
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def scattered(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -53,20 +52,8 @@ def named(state: Mapping[str, Tensor], apple: bool) -> dict[str, Tensor]:
 def deploy_model(fused: Mapping[str, Tensor], apple: bool, **changes: Any) -> FastViT:
     """The official deploy model with these weights, strictly loaded."""
     model = FastViT(**{**SMALL, **changes}, deploy=True).double().eval()
-    own = dict(zip(named(model.state_dict(), apple), model.state_dict(), strict=True))
-    assert sorted(fused) == sorted(own)
-    model.load_state_dict({own[key]: value for key, value in fused.items()}, strict=True)
+    load_renamed(model, lambda state: named(state, apple), fused)
     return model
-
-
-def converted(path: Path, **options: Any) -> dict[str, Tensor]:
-    bundle = path.with_suffix(".repdeploy")
-    assert repdeploy.convert(path, output=bundle, dtype="float64", **options).manifest.verdict.passed
-    return load_file(bundle / "weights.safetensors")
-
-
-def parameters(state: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() for key, value in state.items() if not key.endswith(STATISTICS))
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -105,7 +92,7 @@ def test_the_width_of_a_head_is_a_fact(head_dim: int, apple: bool, tmp_path: Pat
     path = tmp_path / "ckpt.pth"
     torch.save(named(model.state_dict(), apple), path)
     assert_described(model, path, Setting("", "head_dim", head_dim), sizes=SIZES)
-    deploy = deploy_model(converted(path, set=[f"head_dim={head_dim}"]), apple, **variant)
+    deploy = deploy_model(written(path, set=[f"head_dim={head_dim}"]), apple, **variant)
     x = torch.randn(2, 3, 65, 47, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
@@ -188,7 +175,7 @@ def test_one_unit_alone_is_fused(name: str, unit: nn.Module, kernel: int, stride
     model = scattered(nn.ModuleDict({name: unit})).double()
     torch.save(named(model.state_dict(), apple), tmp_path / "unit.pth")
     stated = {"set": [f"{name}.stride={stride}"]} if stride > 1 else {}
-    fused = converted(tmp_path / "unit.pth", **stated)
+    fused = written(tmp_path / "unit.pth", **stated)
     bias, weight = sorted(fused)
     assert (fused[weight].shape, fused[bias].shape) == ((6, 1, kernel, kernel), (6,))
     x = torch.randn(2, 6, 9, 4, dtype=torch.float64)
@@ -200,7 +187,7 @@ def test_one_unit_alone_is_fused(name: str, unit: nn.Module, kernel: int, stride
 def test_a_mixer_subtracts_the_norm_of_its_input(tmp_path: Path) -> None:
     """K = E + g (M - t E), b = g (m - d): with E the centre tap, M, m the mixer's branches, t, d the norm, g the scale."""
     model = fastvit().double()
-    fused = converted(save(model, tmp_path / "ckpt.pth"))
+    fused = written(save(model, tmp_path / "ckpt.pth"))
     name = "stages.0.blocks.0.token_mixer"
     mixer = model.get_submodule(name)
     assert isinstance(mixer, RepMixer)
@@ -231,7 +218,7 @@ def test_the_written_weights_load_into_the_official_deploy_model(variant: dict[s
     """The norms of the channel mixers and of the attention, and the layer scales behind both, stay as in timm."""
     model = fastvit(**variant).double()
     torch.save(named(model.state_dict(), apple), tmp_path / "ckpt.pth")
-    deploy = deploy_model(converted(tmp_path / "ckpt.pth"), apple, **variant)
+    deploy = deploy_model(written(tmp_path / "ckpt.pth"), apple, **variant)
     x = torch.randn(2, 3, 65, 47, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
@@ -256,12 +243,12 @@ def test_a_deploy_file_is_recognised_and_has_nothing_to_fuse(variant: dict[str, 
 @pytest.mark.parametrize("part", ["stem.1.", "stages.1.", "stages.2.downsample.proj.0.", "stages.2.pos_emb.", "final_conv."])
 def test_a_half_fused_file_is_finished(part: str, apple: bool, tmp_path: Path) -> None:
     model = fastvit(**ATTENTIVE).double()
-    fused = converted(save(model, tmp_path / "ckpt.pth"))
+    fused = written(save(model, tmp_path / "ckpt.pth"))
     half = {key: value for key, value in model.state_dict().items() if not key.startswith(part)}
     half |= {key: value for key, value in fused.items() if key.startswith(part)}
     torch.save(named(half, apple), tmp_path / "half.pth")
     assert_described(model, tmp_path / "half.pth", sizes=[(33, 47)])
-    again, wanted = converted(tmp_path / "half.pth"), named(fused, apple)
+    again, wanted = written(tmp_path / "half.pth"), named(fused, apple)
     assert sorted(again) == sorted(wanted)
     assert all(torch.allclose(again[key], wanted[key], rtol=0, atol=1e-13) for key in wanted)
 
@@ -305,19 +292,19 @@ def test_official_variants_are_named_and_counted_from_their_shapes(
     for state in (training, merged):
         found = recognised(state, arch=name, stored_name=name)
         assert (found.architecture, found.notes, found.families) == (name, (), ("fastvit",))
-    assert f"{parameters(training) / 1e6:.2f}" == millions
+    assert f"{trained_numbers(training) / 1e6:.2f}" == millions
     for state in (training, apple_names(training)):
         slots = recognised(state).slots
         gone = sum(state[key].numel() for slot in slots for key in slot.consumed if not key.endswith(STATISTICS))
         there = sum(torch.Size(slot.squeezed.weight_shape).numel() + slot.squeezed.out_channels for slot in slots)
-        assert parameters(state) - gone + there == parameters(merged)
+        assert trained_numbers(state) - gone + there == trained_numbers(merged)
 
 
 def test_the_sheets_parameter_counts_are_reached() -> None:
     """fastvit_t8 with 10 classes."""
     with torch.device("meta"):
         forms = [FastViT((2, 2, 4, 2), (48, 96, 192, 384), 10, deploy=deploy) for deploy in (False, True)]
-    assert [parameters(form.state_dict()) for form in forms] == [3264922, 3234730]
+    assert [trained_numbers(form.state_dict()) for form in forms] == [3264922, 3234730]
 
 
 def test_the_trainers_file_holds_two_networks(tmp_path: Path) -> None:
@@ -336,7 +323,7 @@ def test_the_trainers_file_holds_two_networks(tmp_path: Path) -> None:
     assert (found.source.where, found.source.has_ema) == ("state_dict", True)
     x = torch.randn(2, 3, 33, 35, dtype=torch.float64)
     for weights, model in (("model", own), ("ema", ema)):
-        deploy = deploy_model(converted(path, weights=weights), apple=False, **ATTENTIVE)
+        deploy = deploy_model(written(path, weights=weights), apple=False, **ATTENTIVE)
         path.with_suffix(".repdeploy").rename(tmp_path / f"{weights}.repdeploy")
         with torch.no_grad():
             assert torch.allclose(deploy(x), model.double()(x), rtol=1e-11, atol=1e-12)
@@ -478,7 +465,7 @@ def test_a_layer_scale_of_zero_leaves_the_identity(tmp_path: Path) -> None:
         if key.endswith(".gamma"):
             value.fill_(1e-5)
             value[:3] = 0
-    fused = converted(save(model, tmp_path / "ckpt.pth"))
+    fused = written(save(model, tmp_path / "ckpt.pth"))
     kernel = fused[f"{MIXER}.reparam_conv.weight"]
     assert torch.equal(kernel[:3].flatten(1), F.one_hot(torch.full((3,), 4), 9).double())
     assert_described(model, tmp_path / "ckpt.pth", sizes=SIZES)

@@ -11,7 +11,6 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import repdeploy
@@ -24,12 +23,11 @@ from repdeploy.recognise import recognise
 from repdeploy.registry import families
 from sample_models.repvit import RepVGGDW, RepViT, timm_names
 from sample_models.scatter import scatter
-from tests.networks import assert_described, described, save
+from tests.networks import STATISTICS, assert_described, described, load_renamed, save, trained_numbers, written
 from tests.stages.test_recognise import recognised
 
 SMALL: dict[str, Any] = {"depths": (1, 2, 3), "widths": (6, 8, 12), "classes": 5}
 SIZES = [(33, 33), (65, 47), (34, 63)]
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def repvit(seed: int = 0, **changes: Any) -> RepViT:
@@ -46,9 +44,7 @@ def named(state: Mapping[str, Tensor], timm: bool) -> dict[str, Tensor]:
 def deploy_model(fused: Mapping[str, Tensor], timm: bool, **changes: Any) -> RepViT:
     """The official deploy model with these weights, strictly loaded."""
     model = RepViT(**{**SMALL, **changes}, deploy=True).double().eval()
-    own = dict(zip(named(model.state_dict(), timm), model.state_dict(), strict=True))
-    assert sorted(fused) == sorted(own)
-    model.load_state_dict({own[key]: value for key, value in fused.items()}, strict=True)
+    load_renamed(model, lambda state: named(state, timm), fused)
     return model
 
 
@@ -62,16 +58,6 @@ def assert_deployed(model: nn.Module, path: Path) -> None:
         x = torch.randn(2, 3, height, width, dtype=torch.float64)
         with torch.no_grad():
             assert torch.allclose(network(x), model.double()(x), rtol=1e-11, atol=1e-12)
-
-
-def converted(path: Path, **options: Any) -> dict[str, Tensor]:
-    bundle = path.with_suffix(".repdeploy")
-    assert repdeploy.convert(path, output=bundle, dtype="float64", **options).manifest.verdict.passed
-    return load_file(bundle / "weights.safetensors")
-
-
-def parameters(state: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() for key, value in state.items() if not key.endswith(STATISTICS))
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -123,7 +109,7 @@ def test_border_pixels_are_exact(legacy: bool, tmp_path: Path) -> None:
 def test_one_mixer_alone_is_fused(legacy: bool, kernel: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     mixer = scatter(nn.ModuleDict({"mixer": RepVGGDW(6, kernel, legacy)})).double()
-    fused = converted(save(mixer, tmp_path / "mixer.pth"))
+    fused = written(save(mixer, tmp_path / "mixer.pth"))
     assert {key: tuple(value.shape) for key, value in fused.items()} == {
         "mixer.weight": (6, 1, kernel, kernel), "mixer.bias": (6,),
     }  # fmt: skip
@@ -139,7 +125,7 @@ def test_the_written_weights_load_into_the_official_deploy_model(variant: dict[s
     """Not one norm is left; the level of names above each convolution is gone."""
     model = repvit(**variant).double()
     torch.save(named(model.state_dict(), timm), tmp_path / "ckpt.pth")
-    deploy = deploy_model(converted(tmp_path / "ckpt.pth"), timm, **variant)
+    deploy = deploy_model(written(tmp_path / "ckpt.pth"), timm, **variant)
     x = torch.randn(2, 3, 65, 47, dtype=torch.float64)
     with torch.no_grad():
         wanted = model(x)
@@ -152,7 +138,7 @@ def test_the_head_is_the_mean_of_both_behind_their_norms(distilled: bool, timm: 
     """W_h = W diag(t), b_h = b + W d with t = gamma / sqrt(var + eps), d = beta - mean t."""
     state = repvit(distilled=distilled).double().state_dict()
     torch.save(named(state, timm), tmp_path / "ckpt.pth")
-    fused = converted(tmp_path / "ckpt.pth")
+    fused = written(tmp_path / "ckpt.pth")
     weights, biases = [], []
     for name in ["classifier", "classifier_dist"][: 1 + distilled]:
         gamma, beta, mean, var = (state[f"classifier.{name}.bn.{part}"] for part in ("weight", "bias", *STATISTICS[:2]))
@@ -182,12 +168,12 @@ def test_a_half_fused_file_is_finished(stage: str, timm: bool, tmp_path: Path) -
     """A block, one that strides, or the head is fused already."""
     model = repvit().double()
     torch.save(model.state_dict(), tmp_path / "ckpt.pth")
-    fused = converted(tmp_path / "ckpt.pth")
+    fused = written(tmp_path / "ckpt.pth")
     half = {key: value for key, value in model.state_dict().items() if not key.startswith(stage)}
     half |= {key: value for key, value in fused.items() if key.startswith(stage)}
     torch.save(named(half, timm), tmp_path / "half.pth")
     assert_described(model, tmp_path / "half.pth", sizes=[(33, 47)])
-    again, wanted = converted(tmp_path / "half.pth"), named(fused, timm)
+    again, wanted = written(tmp_path / "half.pth"), named(fused, timm)
     assert sorted(again) == sorted(wanted)
     assert all(torch.allclose(again[key], wanted[key], rtol=0, atol=1e-13) for key in wanted)
 
@@ -233,12 +219,12 @@ def test_official_variants_are_counted_from_their_shapes(
     name: str, widths: Any, depths: Any, legacy: bool, before: str, after: str
 ) -> None:
     training, merged = (shapes(widths, depths, legacy, deploy=deploy) for deploy in (False, True))
-    assert (f"{parameters(training) / 1e6:.2f}", f"{parameters(merged) / 1e6:.2f}") == (before, after)
+    assert (f"{trained_numbers(training) / 1e6:.2f}", f"{trained_numbers(merged) / 1e6:.2f}") == (before, after)
     for state in (training, timm_names(training)):
         slots = recognised(state).slots
         gone = sum(state[key].numel() for slot in slots for key in slot.consumed if not key.endswith(STATISTICS))
         there = sum(torch.Size(slot.weight_shape).numel() + slot.squeezed.out_channels for slot in slots)
-        assert parameters(state) - gone + there == parameters(merged)
+        assert trained_numbers(state) - gone + there == trained_numbers(merged)
 
 
 @pytest.mark.parametrize(("name", "widths", "depths"), [row[:3] for row in OFFICIAL if not row[3]])
@@ -266,7 +252,7 @@ def test_the_trainers_file_holds_two_networks(tmp_path: Path) -> None:
     assert (found.source.where, found.source.has_ema) == ("model", True)
     x = torch.randn(2, 3, 33, 35, dtype=torch.float64)
     for weights, model in (("model", own), ("ema", ema)):
-        deploy = deploy_model(converted(path, weights=weights), timm=False)
+        deploy = deploy_model(written(path, weights=weights), timm=False)
         path.with_suffix(".repdeploy").rename(tmp_path / f"{weights}.repdeploy")
         with torch.no_grad():
             assert torch.allclose(deploy(x), model.double()(x), rtol=1e-11, atol=1e-12)
