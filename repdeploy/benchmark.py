@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from repdeploy.bundle import BENCH, Bundle, write_text
-from repdeploy.delivery import tool_versions
 from repdeploy.errors import BackendFailed, BackendMissing, InputError, UsageError
 from repdeploy.progress import Progress
 from repdeploy.records import BENCH_SCHEMA, Bench, BenchRow, Interval, Timing, to_json, tupled
-from repdeploy.runtimes import RUNTIMES, Runtime
+from repdeploy.runtimes import RUNTIMES, Missing, Runtime
+from repdeploy.versions import tool_versions
 
 WIDE_SPREAD = 0.20
 """The middle half of the runs, relative to the median, above which a row is called noisy."""
@@ -37,23 +36,34 @@ def bench(
     threads: int,
     seconds: float,
     only: Sequence[str],
+    available: Collection[str],
     progress: Progress,
 ) -> Bench:
-    """Measure a bundle (both networks) or an ONNX file (just that). Runtimes that are missing are rows that say so.
+    """Measure a bundle (both networks) or a file (just that). Runtimes that are missing are rows that say so.
+
+    `available`: what there is of the subject for runtimes to run (`Runtime.needs`); one that needs something else is left out,
+    unless it was asked for by name or nothing else is there.
 
     Raises BackendMissing when nothing on that device can run, BackendFailed when a runtime asked for by name crashes.
     """
-    chosen = [item for item in RUNTIMES if item.device == device and (not only or item.name in only)]
+    installed = [item for item in RUNTIMES.working() if item.device == device]
+    chosen = [item for item in installed if not only or item.name in only]
     if not chosen:
-        names = sorted({item.name for item in RUNTIMES if item.device == device})
+        names = sorted({item.name for item in installed})
         raise UsageError(
             f"no runtime for {device} is called {', '.join(only)}", hint=f"runtimes for {device}: {', '.join(names)}"
         )
+    fed = [item for item in chosen if item.needs in available]
+    chosen = chosen if only or not fed else fed
     load_before = os.getloadavg()[0] / (os.cpu_count() or 1)
     rows: list[BenchRow] = []
     total = len(chosen) * len(batches)
     for runtime in chosen:
         absent = runtime.missing()
+        if absent is None and runtime.needs not in available:
+            absent = Missing(
+                f"there is no {runtime.needs} of {subject.name}", f"repdeploy export --to {runtime.needs} writes it"
+            )
         if absent is not None:
             rows += [BenchRow(runtime.name, device, batch, missing=absent.what, hint=absent.hint) for batch in batches]
             continue
@@ -87,10 +97,13 @@ def environment(threads: int) -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "threads": str(threads),
-        "cpu features": torch.backends.cpu.get_cpu_capability(),
     }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        found["cpu features"] = torch.backends.cpu.get_cpu_capability()
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name(0)
     return {**found, **tool_versions()}
 
 

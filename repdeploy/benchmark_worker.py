@@ -15,10 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repdeploy.errors import RepDeployError
+import numpy as np
+
+from repdeploy.bundle import Bundle
+from repdeploy.errors import RepDeployError, words
 from repdeploy.records import BenchRow, Timing, plain
 from repdeploy.runtimes.interface import Job, Runtime, Session
 from repdeploy.statistics import interleaved, speedup, warm_up
+from repdeploy.vouching import PLAN_SUFFIXES, compiled_files, require_vouched
 
 LEAST_RUNS = 12
 MOST_RUNS = 400
@@ -41,28 +45,35 @@ def measure(request: dict[str, Any]) -> Iterator[BenchRow]:
     """One row per batch size of the request: {runtime, device, subject, image, batches, threads, seconds}."""
     from repdeploy.runtimes import RUNTIMES
 
-    runtime = next(item for item in RUNTIMES if (item.name, item.device) == (request["runtime"], request["device"]))
+    runtime = next(item for item in RUNTIMES.working() if (item.name, item.device) == (request["runtime"], request["device"]))
     image = tuple(request["image"])
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        networks = _jobs(Path(request["subject"]), image, request["threads"], scratch)
+        networks = _jobs(Path(request["subject"]), image, request["threads"], scratch, runtime.needs)
         sessions = [(name, job, stack.enter_context(runtime.open(job))) for name, job in networks]
         for batch in request["batches"]:
             try:
                 yield _row(runtime, sessions, batch, image, request)
             except (RepDeployError, RuntimeError, MemoryError) as reason:
-                yield BenchRow(runtime.name, runtime.device, batch, missing=f"failed: {' '.join(str(reason).split())[:200]}")
+                yield BenchRow(runtime.name, runtime.device, batch, missing=f"failed: {words(reason, 200)}")
 
 
-def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[Any, Job]]:
+def _jobs(subject: Path, image: Any, threads: int, scratch: Path, needs: str) -> list[tuple[Any, Job]]:
+    if subject.suffix in PLAN_SUFFIXES:
+        plan = require_vouched(subject, trusted=True)  # whoever asked has vouched, or said that it is trusted
+        return [("file", Job(image, threads, compiled={"tensorrt": plan}))]
     if subject.is_file():
         return [("file", _graph_job(subject, image, threads))]
+    bundle = Bundle(subject)
+    compiled = compiled_files(bundle)
+    if needs in compiled:
+        name = "deploy" if bundle.manifest.graph is None else "squeezed"
+        return [(name, Job(image, threads, compiled=compiled))]
     from repdeploy import registry
-    from repdeploy.bundle import Bundle
     from repdeploy.network import Network
     from repdeploy.rebuild import deploy_network, training_twin
 
-    bundle, families = Bundle(subject), registry.families()
+    families = registry.families()
     if bundle.manifest.graph is not None:
         return [
             ("original", _graph_job(bundle.graph_source(), image, threads)),
@@ -84,8 +95,8 @@ def _jobs(subject: Path, image: Any, threads: int, scratch: Path) -> list[tuple[
         return deploy_network(bundle, families, image)
 
     return [
-        ("training-time", Job(image, threads, training, lambda: onnx_of("training", training(static=True)))),
-        ("deploy", Job(image, threads, deploy, lambda: onnx_of("deploy", deploy()))),
+        ("training-time", Job(image, threads, training, onnx=lambda: onnx_of("training", training(static=True)))),
+        ("deploy", Job(image, threads, deploy, onnx=lambda: onnx_of("deploy", deploy()))),
     ]
 
 
@@ -103,18 +114,14 @@ def _graph_job(path: Path, image: Any, threads: int) -> Job:
 
         return of_batch(read_onnx(path).model.graph, (batch, *image))
 
-    return Job(image, threads, module, lambda: path, feeds)
+    return Job(image, threads, module, onnx=lambda: path, feeds=feeds)
 
 
 def _row(
     runtime: Runtime, sessions: list[tuple[Any, Job, Session]], batch: int, image: Any, request: dict[str, Any]
 ) -> BenchRow:
-    from repdeploy.network import sample_images
-
-    timers = [
-        session.timer(job.inputs(batch, lambda: sample_images((batch, *image), seed=batch).numpy()))
-        for _, job, session in sessions
-    ]
+    images = np.random.default_rng(batch).standard_normal((batch, *image), np.float32)
+    timers = [session.timer(job.inputs(batch, lambda: images)) for _, job, session in sessions]
     warmups, steady = warm_up(timers)
     runs = interleaved(timers, request["seconds"], LEAST_RUNS, MOST_RUNS, seed=batch)
     timings = tuple(
@@ -122,7 +129,7 @@ def _row(
             name,
             runtime.name,
             runtime.device,
-            runtime.precision,
+            next((item.precision for kind, item in job.compiled.items() if kind == runtime.needs), runtime.precision),
             request["threads"],
             batch,
             (batch, *image),
@@ -130,7 +137,7 @@ def _row(
             warmups,
             steady,
         )
-        for (name, _, _), seconds in zip(sessions, runs, strict=True)
+        for (name, job, _), seconds in zip(sessions, runs, strict=True)
     )
     ratio = speedup(runs[0], runs[1]) if len(runs) == 2 else None
     return BenchRow(runtime.name, runtime.device, batch, timings, ratio)

@@ -9,14 +9,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from repdeploy.checkpoint.other_files import read_safetensors
-from repdeploy.checkpoint.stored import StoredTensor
 from repdeploy.digest import digest
 from repdeploy.errors import InputError, UsageError, VerificationFailed
-from repdeploy.records import Manifest, manifest_from_json, to_json
+from repdeploy.records import Artifact, Manifest, manifest_from_json, to_json
+
+if TYPE_CHECKING:
+    from repdeploy.checkpoint.stored import StoredTensor
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -47,6 +49,8 @@ class Bundle:
             raise InputError(f"{path / MANIFEST} is not understood: {reason}", hint="convert the checkpoint again") from reason
 
     def tensors(self) -> dict[str, StoredTensor]:
+        from repdeploy.checkpoint.other_files import read_safetensors  # a bundle is opened where there is no torch, too
+
         return read_safetensors(self.intact(WEIGHTS, self.manifest.weights_sha256))
 
     def references(self) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:
@@ -73,8 +77,12 @@ class Bundle:
 
     def squeezed_graph(self) -> Path:
         """What the graph became. Raises InputError as `graph_source`."""
-        onnx = next(item for item in self.manifest.artifacts if item.kind == "onnx")
+        onnx = self.own_artifact()
         return self.intact(onnx.file, onnx.sha256)
+
+    def own_artifact(self) -> Artifact:
+        """Of a bundle made from a graph: the squeezed graph as `convert` wrote it, which is made from itself."""
+        return next(item for item in self.manifest.artifacts if item.kind == "onnx" and item.made_from == item.sha256)
 
     @staticmethod
     def references_in(folder: Path) -> dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,7 @@ from repdeploy.bundle import (
 from repdeploy.digest import digest
 from repdeploy.errors import InputError, UsageError, VerificationFailed
 from repdeploy.records import ASSUMED, Conversion, Dtype, Gates, Manifest, to_json
-
-TOOLS = ("repdeploy", "torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors")
+from repdeploy.vouching import is_intact
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +62,6 @@ def deliver(target: Path, described: Manifest, fill: Callable[[Path], Manifest],
             manifest = _keep_artifacts(target, folder, existing, manifest)
         write_text(folder / MANIFEST, to_json(manifest))
     return Conversion(target, manifest)
-
-
-def tool_versions() -> dict[str, str]:
-    found = {}
-    for name in TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def recorded(path: Path | None) -> dict[str, np.ndarray] | None:
@@ -157,9 +145,9 @@ def _keep_artifacts(target: Path, folder: Path, existing: Manifest, manifest: Ma
     if existing.weights_sha256 != manifest.weights_sha256:
         return manifest
     for artifact in existing.artifacts:
-        source = target / artifact.file
-        if source.is_file() and digest(source) == artifact.sha256:
-            source.rename(folder / artifact.file)
+        if is_intact(target, artifact):
+            for name in (artifact.file, *(other for other, _ in artifact.others)):
+                (target / name).rename(folder / name)
             manifest = manifest.with_artifact(artifact)
     old, new = Bundle(target).references(), Bundle.references_in(folder)
     needed = {artifact.input_shape[1:] for artifact in manifest.artifacts} - set(new)

@@ -6,6 +6,8 @@ Anything that is not a RepDeployError is a bug of ours (status 1).
 
 from __future__ import annotations
 
+import re
+
 
 class RepDeployError(Exception):
     """What happened and what was expected (`str(error)`), and what to do about it (`error.hint`)."""
@@ -85,3 +87,8 @@ class BackendFailed(RepDeployError):
 
     exit_status = 6
     usual_hint = "run again with --debug for the whole trace"
+
+
+def words(reason: object, most: int = 300) -> str:
+    """What a library said, as part of a sentence of ours: on one line, without colours, not longer than `most` characters."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(reason)).split())[:most]

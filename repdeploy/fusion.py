@@ -17,7 +17,7 @@ from repdeploy import gates
 from repdeploy.algebra import NORM_EPS, Conv, Linear
 from repdeploy.bundle import REFERENCES, WEIGHTS, save_references
 from repdeploy.checkpoint import Checkpoint, StoredTensor
-from repdeploy.delivery import Request, deliver, recorded, tool_versions
+from repdeploy.delivery import Request, deliver, recorded
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import InputError
 from repdeploy.facts import Facts, Setting
@@ -40,6 +40,7 @@ from repdeploy.records import (
     TensorShape,
     Verdict,
 )  # fmt: skip
+from repdeploy.versions import tool_versions
 from repdeploy.weights_file import NAMES, WeightsWriter
 
 YOLO_EPS = 1e-3

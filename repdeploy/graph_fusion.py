@@ -13,7 +13,7 @@ import torch
 
 from repdeploy import gates
 from repdeploy.bundle import REFERENCES, SOURCE, save_graph_references
-from repdeploy.delivery import Request, deliver, recorded, tool_versions
+from repdeploy.delivery import Request, deliver, recorded
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import BackendFailed, InputError
 from repdeploy.graph.interpreter import RANDOM
@@ -26,6 +26,7 @@ from repdeploy.graph.squeezer import GRAPH, Squeezed, squeeze
 from repdeploy.progress import Progress
 from repdeploy.records import Artifact, Check, Conversion, GraphReport, KeptNode, Manifest, Port, Source, Verdict
 from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.versions import tool_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def convert_graph(
         for key, value in (("source", origin.source.file), ("source_sha256", origin.source.sha256)):
             squeezed.metadata_props[f"repdeploy.{key}"] = value
         progress("writing and reading back", 0, 1)
-        write_model(squeezed, model)
+        apart = write_model(squeezed, model)
         checks = [region.check for region in done.regions] + [*origin.checks, *compare(done)]
         written = read_onnx(model).model
         checks.append(gates.stored_gate(_stored_pairs(written, done)))
@@ -116,6 +117,7 @@ def convert_graph(
             bytes=model.stat().st_size, made_from=manifest.weights_sha256, command=request.command,
             input_shape=plan.shapes[plan.image], opset=source.opset, dynamic=("batch",) if plan.open_batch else (),
             checks=tuple(check for check in checks if check.gate == "rounding"),
+            others=tuple((name, digest(folder / name)) for name in apart),
         )  # fmt: skip
         return replace(manifest, verdict=verdict).with_artifact(artifact)
 

@@ -26,7 +26,7 @@ from repdeploy.checkpoint import Checkpoint
 from repdeploy.checkpoint.wrappers import GEOMETRY
 from repdeploy.delivery import Request, recorded
 from repdeploy.digest import Digest
-from repdeploy.errors import InputError, NotRecognised, RepDeployError, UsageError
+from repdeploy.errors import InputError, NotRecognised, RepDeployError, UsageError, words
 from repdeploy.exporters.onnx_file import write_plain
 from repdeploy.family import Family
 from repdeploy.graph.model_proof import exact_outputs
@@ -95,7 +95,7 @@ class Factory:
             raise UsageError(f"--model {self.spec}: there is no module {reason.name}", hint=hint) from reason
         except (Exception, SystemExit) as reason:  # whatever the user's code raises, a script's exit included
             raise InputError(
-                f"--model {self.spec} failed: {type(reason).__name__}: {' '.join(str(reason).split())[:300]}",
+                f"--model {self.spec} failed: {type(reason).__name__}: {words(reason)}",
                 hint="arguments go into --model-args as JSON; --debug shows the trace",
             ) from reason
 

@@ -5,17 +5,30 @@ Tensor libraries are imported by the verb that needs them, behind whatever can s
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from repdeploy.digest import Digest
 from repdeploy.errors import UsageError
 from repdeploy.progress import Progress, silent
-from repdeploy.records import Bench, Conversion, Dtype, Export, FamilyInfo, Gates, Inspection, Tool, Verification
+from repdeploy.records import (
+    Bench,
+    Conversion,
+    Dtype,
+    Dynamic,
+    Export,
+    FamilyInfo,
+    Gates,
+    Inspection,
+    Precision,
+    Tool,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from repdeploy.bundle import Bundle
@@ -188,21 +201,80 @@ def export(
     bundle: PathLike | None = None,
     *,
     trt: bool = False,
+    openvino: bool = False,
+    torch: bool = False,
+    to: Sequence[str] = (),
+    precision: Precision = "fp32",
     input_shape: Shape | None = None,
     output: PathLike | None = None,
-    dynamic: Literal["batch", "none"] = "batch",
+    dynamic: Dynamic = "batch",
+    opset: int | None = None,
     fold: bool = True,
+    simplify: bool = False,
+    input_name: str | None = None,
+    fold_normalize: str | None = None,
+    softmax: bool = False,
+    io_dtype: Precision = "fp32",
+    keep_fp32: Sequence[str] = (),
+    batches: tuple[int, int, int] | None = None,
+    timing_cache: PathLike | None = None,
+    workspace: int | None = None,
+    optimization_level: int | None = None,
+    tf32: bool = False,
+    hardware_compatible: bool = False,
+    version_compatible: bool = False,
+    strip_weights: bool = False,
     progress: Progress = silent,
 ) -> Export:
     """Write the artifacts of a bundle, ONNX by default, and prove each against the float64 reference.
 
-    `fold`: squeeze what the blocks leave (norms, scales) where that is exact.
-    Without TensorRT or a GPU `trt` writes the ONNX and a build script, and the answer says what is missing.
-    Raises UsageError, InputError, VerificationFailed, BackendFailed.
+    `to`: exporters by name, of which `trt`, `openvino` and `torch` are short forms. `precision`: of the graph itself, with
+    `keep_fp32` (operators, layers, regular expressions) and what float16 cannot hold left in float32. `dynamic`: the axes that
+    stay open. `fold`: squeeze what the blocks leave (norms, scales) where that is exact. `fold_normalize`: means, then
+    deviations, that the graph applies to its image. What follows `batches` (smallest, optimal, largest) is TensorRT's.
+    What a target lacks on this machine is in the answer (`missing`), with all that another machine needs written.
+    Raises UsageError, InputError, VerificationFailed, BackendMissing, BackendFailed.
     """
-    _one_of("--dynamic", dynamic, ("batch", "none"))
-    if trt and output is not None:
-        raise UsageError("--output takes the ONNX out of the bundle, where --trt needs it", hint="leave one of the two out")
+    _one_of("--dynamic", dynamic, ("batch", "spatial", "none"))
+    _one_of("--precision", precision, ("fp32", "fp16", "bf16"))
+    _one_of("--io-dtype", io_dtype, ("fp32", "fp16", "bf16"))
+    short = {"tensorrt": trt, "openvino": openvino, "torch": torch}
+    targets = tuple(dict.fromkeys((*(name for name, asked in short.items() if asked), *_several(to))))
+    if targets and output is not None:
+        raise UsageError(
+            f"--output takes the ONNX out of the bundle, where {', '.join(targets)} needs it", hint="leave one of the two out"
+        )
+    from repdeploy.exporters.options import EngineOptions, Normalization, Options
+
+    engine = EngineOptions(
+        batches=batches,
+        timing_cache=Path(timing_cache) if timing_cache is not None else None,
+        workspace=workspace,
+        level=optimization_level,
+        tf32=tf32,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+        strip_weights=strip_weights,
+    )
+    if engine != EngineOptions() and "tensorrt" not in targets:
+        flag = next(iter(engine.changed), "timing_cache").replace("_", "-")
+        flag = "--min, --opt, --max" if flag == "batches" else f"--{flag}"
+        raise UsageError(f"{flag} is for TensorRT engines", hint="give --trt as well, or leave it out")
+    options = Options(
+        targets=targets,
+        precision=precision,
+        dynamic=dynamic,
+        opset=opset,
+        fold=fold,
+        simplify=simplify,
+        input_name=input_name,
+        normalize=Normalization.parse(fold_normalize) if fold_normalize is not None else None,
+        softmax=softmax,
+        io=io_dtype,
+        keep=_several(keep_fp32),
+        engine=engine,
+    )
+    shape = parse_shape(input_shape)
     from repdeploy import registry
     from repdeploy.exporters import stage
     from repdeploy.rebuild import require_network
@@ -210,21 +282,37 @@ def export(
     opened = _open(bundle)
     if opened.manifest.graph is None:
         require_network(opened)
+    smallest, optimal, largest = batches or (None, None, None)
     command = _command(
         "export",
-        trt=trt or None,
+        to=targets,
+        precision=None if precision == "fp32" else precision,
         input_shape=_joined(input_shape),
         dynamic=None if dynamic == "batch" else dynamic,
+        opset=opset,
         no_fold=None if fold else True,
+        simplify=simplify or None,
+        input_name=input_name,
+        fold_normalize=fold_normalize,
+        softmax=softmax or None,
+        io_dtype=None if io_dtype == "fp32" else io_dtype,
+        keep_fp32=_several(keep_fp32),
+        min=smallest,
+        opt=optimal,
+        max=largest,
+        workspace=workspace,
+        optimization_level=optimization_level,
+        tf32=tf32 or None,
+        hardware_compatible=hardware_compatible or None,
+        version_compatible=version_compatible or None,
+        strip_weights=strip_weights or None,
     )
     return stage.export(
         opened,
         registry.families(),
-        parse_shape(input_shape) or opened.manifest.input_shape,
-        trt=trt,
+        shape or opened.manifest.input_shape,
+        options,
         output=Path(output) if output is not None else None,
-        dynamic=dynamic,
-        fold=fold,
         command=command,
         progress=progress,
     )
@@ -239,9 +327,13 @@ def bench(
     threads: int | None = None,
     seconds: float = 4.0,
     runtime: Sequence[str] = (),
+    trust_engine: bool = False,
     progress: Progress = silent,
 ) -> Bench:
-    """Measure training-time against deploy network per runtime and batch size (a bundle), or one ONNX file.
+    """Measure training-time against deploy network per runtime and batch size (a bundle), or one ONNX file or TensorRT plan.
+
+    `trust_engine`: load a plan that no manifest vouches for; that can run code of whoever built it. On a machine without torch
+    a bundle's compiled files are measured.
 
     `batch`: 1 and 8 when left out, or the one that a graph is fixed to.
 
@@ -251,33 +343,52 @@ def bench(
     if (batch is not None and (not batch or min(batch) < 1)) or seconds <= 0 or (threads is not None and threads < 1):
         raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
     shape = parse_shape(input_shape)
-    from repdeploy import benchmark, registry
+    from repdeploy import benchmark
     from repdeploy.bundle import Bundle
-    from repdeploy.rebuild import check_image, require_network
-    from repdeploy.verification import fixed_batch, image_of_file
+    from repdeploy.runtimes.interface import NETWORK, ONNX
+    from repdeploy.vouching import PLAN_SUFFIXES, compiled_files, require_vouched
 
     path = Path(subject) if subject is not None else newest_bundle()
     opened = None if path.is_file() else Bundle(path)
     own_batch = None
-    if opened is None:
+    available: set[str] = {NETWORK, ONNX}
+    if opened is None and path.suffix in PLAN_SUFFIXES:
+        known = require_vouched(path, trust_engine)
+        taken = shape or known.input_shape
+        if not taken:
+            raise UsageError(f"{path.name} does not say its image size before it is loaded", hint="give it with --input-shape")
+        available = {"tensorrt"}
+    elif opened is None:
+        from repdeploy.verification import fixed_batch, image_of_file
+
         own_batch = fixed_batch(path)
-        image = image_of_file(path, shape)
-    elif opened.manifest.graph is not None:
-        opened.require_verified()
-        own_batch = fixed_batch(opened.squeezed_graph())
-        image = (shape or opened.manifest.input_shape)[1:]  # type: ignore[assignment]
+        taken = (1, *image_of_file(path, shape))
     else:
-        require_network(opened)
         opened.require_verified()
-        image = check_image(opened, registry.families(), shape or opened.manifest.input_shape)
+        taken = shape or opened.manifest.input_shape
+        available |= set(compiled_files(opened))
+        if importlib.util.find_spec("torch") is None:
+            available -= {NETWORK, ONNX}  # what is left of a bundle is what was compiled
+        elif opened.manifest.graph is not None:
+            from repdeploy.verification import fixed_batch
+
+            own_batch = fixed_batch(opened.squeezed_graph())
+        else:
+            from repdeploy import registry
+            from repdeploy.rebuild import check_image, require_network
+
+            require_network(opened)
+            check_image(opened, registry.families(), taken)
+    _, channels, height, width = taken
     result = benchmark.bench(
         path,
-        image,
+        (channels, height, width),
         device=device,
         batches=tuple(dict.fromkeys(batch or ((own_batch,) if own_batch else USUAL_BATCHES))),
         threads=threads or os.cpu_count() or 1,
         seconds=seconds,
         only=tuple(runtime),
+        available=available,
         progress=progress,
     )
     if opened is not None:
@@ -297,6 +408,17 @@ def doctor() -> tuple[Tool, ...]:
     from repdeploy.environment import examine
 
     return examine()
+
+
+def profile(smallest: int | None, optimal: int | None, largest: int | None) -> tuple[int, int, int] | None:
+    """--min, --opt and --max, with what is not said chosen around the rest; None where nothing is said."""
+    if smallest is optimal is largest is None:
+        return None
+    from repdeploy.exporters.options import BATCHES
+
+    low = smallest if smallest is not None else min(BATCHES[0], optimal or 1, largest or 1)
+    high = largest if largest is not None else max(BATCHES[2], optimal or 1, low)
+    return low, optimal if optimal is not None else min(max(BATCHES[1], low), high), high
 
 
 def parse_shape(shape: Shape | None) -> tuple[int, ...] | None:

@@ -21,6 +21,9 @@ ASSUMED: tuple[Origin, ...] = ("image", "skeleton", "default")
 
 Dtype = Literal["float32", "float64"]
 Gates = Literal["all", "blocks"]
+Precision = Literal["fp32", "fp16", "bf16"]
+Dynamic = Literal["batch", "spatial", "none"]
+"""The axes of an exported graph that stay open; "spatial": the batch too."""
 Grade = Literal["anchored", "self-consistent", "blocks only"]
 
 
@@ -117,9 +120,27 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
+class WideLayer:
+    """A layer that stays in float32 in a graph of lower precision, and why."""
+
+    name: str
+    operator: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far a layer's output is from float64 when the graph is executed by its types, max|a-b| / max|a|."""
+
+    name: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
 class Artifact:
     """A file of a bundle, how it was made and what was proved about it. `input_shape` (batch, channels, height, width);
-    `folded`: whether its graph was squeezed beyond the blocks."""
+    `others`: files that belong to it, with their SHA-256; `options`: what was asked for beyond shape and dynamic axes; `wide`,
+    `drift`: of reduced precisions; `target`: the device and version that a compiled one is for."""
 
     file: str
     kind: str
@@ -132,7 +153,12 @@ class Artifact:
     opset: int | None = None
     dynamic: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
-    folded: bool = True
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[tuple[str, str], ...] = ()
+    wide: tuple[WideLayer, ...] = ()
+    drift: tuple[Drift, ...] = ()
+    notes: tuple[str, ...] = ()
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,15 +519,22 @@ def manifest_from_json(text: str) -> Manifest:
         "verdict": Verdict(verdict["passed"], verdict["grade"], _checks(verdict["checks"]), _facts(verdict["assumed"]),
                            tuple(verdict["warnings"])),
         "training": {key: TensorShape(tuple(item["shape"]), item["dtype"]) for key, item in content["training"].items()},
-        "artifacts": tuple(
-            Artifact(**{**item, "input_shape": tuple(item["input_shape"]), "dynamic": tuple(item["dynamic"]),
-                        "checks": _checks(item["checks"])})
-            for item in content["artifacts"]
-        ),
+        "artifacts": tuple(_artifact(item) for item in content["artifacts"]),
         "notes": tuple(content["notes"]),
         "norms": tuple((name, reason) for name, reason in content.get("norms", ())),
         "graph": _graph(content["graph"]) if content.get("graph") else None,
         "pruning": _pruning(content["pruning"]) if content.get("pruning") else None,
+    })  # fmt: skip
+
+
+def _artifact(item: Mapping[str, Any]) -> Artifact:
+    kept = {field.name for field in dataclasses.fields(Artifact)}
+    return Artifact(**{
+        **tupled({name: value for name, value in item.items() if name in kept}),
+        "checks": _checks(item["checks"]),
+        "others": tuple((name, sha256) for name, sha256 in item.get("others", ())),
+        "wide": tuple(WideLayer(**layer) for layer in item.get("wide", ())),
+        "drift": tuple(Drift(layer["name"], float(layer["error"])) for layer in item.get("drift", ())),
     })  # fmt: skip
 
 

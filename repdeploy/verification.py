@@ -14,17 +14,20 @@ from repdeploy import gates
 from repdeploy.bundle import Bundle
 from repdeploy.checkpoint import Checkpoint
 from repdeploy.digest import digest
-from repdeploy.errors import InputError, UsageError
+from repdeploy.errors import BackendFailed, InputError, UsageError
+from repdeploy.exporters.judging import REDUCED, onnx_checks, precision_of
 from repdeploy.exporters.onnx_file import image_of
-from repdeploy.exporters.stage import onnx_checks
+from repdeploy.exporters.registry import EXPORTERS
+from repdeploy.exporters.subject import recorded_cases
 from repdeploy.family import Family
 from repdeploy.graph.onnx_source import read_onnx
 from repdeploy.graph.sample_inputs import of_batch
+from repdeploy.graph.typed import TypedGraph
 from repdeploy.graph_fusion import graph_checks, prove_graph_again
 from repdeploy.progress import Progress
 from repdeploy.proof import prove_again
 from repdeploy.rebuild import deploy_network
-from repdeploy.records import Check, Verification
+from repdeploy.records import Artifact, Check, Verification
 from repdeploy.runtimes.onnx_cpu import OnnxSession
 
 
@@ -52,20 +55,33 @@ def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Ve
         )
     for artifact in opened.manifest.artifacts:
         progress(f"verifying {artifact.file}", 0, 1)
-        path = opened.path / artifact.file
-        if not path.is_file():
-            checks.append(_damaged(artifact.file, "the file is missing"))
-        elif digest(path) != artifact.sha256:
-            checks.append(_damaged(artifact.file, "the file has changed since it was made"))
-        elif artifact.kind == "onnx":
-            pair = references.get(artifact.input_shape[1:])
-            if pair is None:
-                skipped.append(f"{artifact.file}: no reference for images of {times(artifact.input_shape[1:])}")
-            else:
-                checks += onnx_checks(path, artifact.precision, *pair, dynamic="batch" in artifact.dynamic)
-        else:
-            skipped.append(f"{artifact.file}: nothing here runs a {artifact.kind}")
+        found, why_not = _replay_artifact(opened, artifact)
+        checks += found
+        skipped += [why_not] if why_not else []
     return Verification(str(opened.path), tuple(checks), tuple(skipped), opened.manifest.verdict.warnings)
+
+
+def _replay_artifact(opened: Bundle, artifact: Artifact) -> tuple[list[Check], str]:
+    """One artifact against the recorded references, by whoever wrote it; or why it was not judged."""
+    for name, sha256 in ((artifact.file, artifact.sha256), *artifact.others):
+        path = opened.path / name
+        if not path.is_file():
+            return [_damaged(name, "the file is missing")], ""
+        if digest(path) != sha256:
+            return [_damaged(name, "the file has changed since it was made")], ""
+    path, cases = opened.path / artifact.file, recorded_cases(opened, artifact)
+    if not cases:
+        return [], f"{artifact.file}: no reference for images of {times(artifact.input_shape[1:])}"
+    if artifact.kind == "onnx":
+        return onnx_checks(path, artifact.precision, cases)[0], ""
+    exporter = next((item for item in EXPORTERS.working() if item.name == artifact.kind), None)
+    absent = exporter.missing() if exporter is not None else None
+    if exporter is None or absent is not None:
+        return [], f"{artifact.file}: {absent.what if absent else f'no exporter is called {artifact.kind}'}"
+    try:
+        return exporter.check(path, artifact, cases), ""
+    except BackendFailed as reason:
+        return [_failed(artifact.file, str(reason))], ""
 
 
 def _replay_graph(opened: Bundle, checks: list[Check], progress: Progress) -> Verification:
@@ -78,10 +94,8 @@ def _replay_graph(opened: Bundle, checks: list[Check], progress: Progress) -> Ve
         return Verification(str(opened.path), (*checks, _damaged(bundles.REFERENCES, str(reason))))
     if not inputs:
         skipped.append(f"no network-level reference: gates {opened.manifest.verdict.grade}")
-    files = [(graph.file, graph.sha256, "fp32")]
-    files += [(item.file, item.sha256, item.precision) for item in opened.manifest.artifacts if item.kind == "onnx"]
-    precision = files[-1][2]
-    for file, sha256, _ in files:
+    own = opened.own_artifact()
+    for file, sha256 in ((graph.file, graph.sha256), (own.file, own.sha256)):
         progress(f"verifying {file}", 0, 1)
         try:
             path = opened.intact(file, sha256)
@@ -90,8 +104,13 @@ def _replay_graph(opened: Bundle, checks: list[Check], progress: Progress) -> Ve
             continue
         checks.append(Check("stored", file, 0.0, 0.0, SAME_FILE))
         if inputs:
-            checks += graph_checks(path, inputs, outputs, precision)
-    skipped += [f"{item.file}: nothing here runs a {item.kind}" for item in opened.manifest.artifacts if item.kind != "onnx"]
+            checks += graph_checks(path, inputs, outputs, own.precision)
+    for artifact in opened.manifest.artifacts:
+        if artifact is not own:
+            progress(f"verifying {artifact.file}", 0, 1)
+            found, why_not = _replay_artifact(opened, artifact)
+            checks += found
+            skipped += [why_not] if why_not else []
     return Verification(str(opened.path), tuple(checks), tuple(skipped))
 
 
@@ -111,7 +130,7 @@ def squeezed_again(opened: Bundle, source: Path, shape: tuple[int, ...] | None, 
             f"{source.name} is not the graph this bundle was made from ({opened.manifest.source.file})",
             hint="give the original graph, or convert this one",
         )
-    onnx = next(item for item in opened.manifest.artifacts if item.kind == "onnx")
+    onnx = opened.own_artifact()
     checks = prove_graph_again(
         opened.graph_source(), opened.squeezed_graph(), shape or onnx.input_shape, graph.forced, seed, progress
     )
@@ -119,6 +138,10 @@ def squeezed_again(opened: Bundle, source: Path, shape: tuple[int, ...] | None, 
 
 
 SAME_FILE = "SHA-256 differs"
+
+
+def _failed(file: str, failure: str) -> Check:
+    return Check("artifact", file, float("inf"), 0.0, "it does not run", failure=failure)
 
 
 def _damaged(file: str, failure: str) -> Check:
@@ -153,6 +176,7 @@ def compare(first: Path, second: Path, families: Sequence[Family], shape: tuple[
     fixed = next((size for size in (found[0] for found in shapes) if size is not None), None)
     images = gates.gate_images(wanted[1:], seed, batch=fixed or max(2, wanted[0] or 1))  # type: ignore[arg-type]
     ours, theirs = (_run_any(path, families, images.numpy()) for path in (second, first))
+    budget = max((_precision(path) for path in (first, second)), key=gates.PRECISION_BUDGETS.__getitem__)
     subject = f"{second.name} against {first.name}, {times(images.shape)}"
     if len(ours) != len(theirs):
         failure = f"{second.name} gives {len(ours)} outputs, {first.name} {len(theirs)}"
@@ -160,7 +184,7 @@ def compare(first: Path, second: Path, families: Sequence[Family], shape: tuple[
     checks = []
     for index, (got, expected) in enumerate(zip(ours, theirs, strict=True), 1):
         which = f"{subject}, output {index}" if len(ours) > 1 else subject
-        checks.append(gates.artifact_check(which, torch.from_numpy(got), torch.from_numpy(expected).double(), "fp32"))
+        checks.append(gates.artifact_check(which, torch.from_numpy(got), torch.from_numpy(expected).double(), budget))
     return Verification(f"{first} against {second}", tuple(checks))
 
 
@@ -176,12 +200,23 @@ def _run_any(path: Path, families: Sequence[Family], images: np.ndarray) -> list
     opened = None if path.is_file() else Bundle(path)
     if opened is None or opened.manifest.graph is not None:
         file = opened.squeezed_graph() if opened is not None else path
-        session = OnnxSession(file)
-        if len(session.input_names) > 1:
-            return list(session.run_all(of_batch(read_onnx(file).model.graph, images.shape)).values())
-        return list(session.run_all({session.input_name: images}).values())
+        model = read_onnx(file).model
+        names = [value.name or "" for value in model.graph.inputs]
+        feeds = of_batch(model.graph, images.shape) if len(names) > 1 else {names[0]: images}
+        if precision_of(model) in REDUCED:  # onnxruntime's CPU would leave its roundings out
+            with gates.exact_arithmetic():
+                return [tensor.numpy() for tensor in TypedGraph(model).run(feeds).values()]
+        return list(OnnxSession(file).run_all(feeds).values())
     network = deploy_network(opened, families, images.shape[1:])
     return [gates.run_in_chunks(network, torch.from_numpy(images)).numpy()]
+
+
+def _precision(path: Path) -> str:
+    """Of an ONNX file or a bundle's graph, by its weights."""
+    opened = None if path.is_file() else Bundle(path)
+    if opened is not None and opened.manifest.graph is None:
+        return "fp32"
+    return precision_of(read_onnx(opened.squeezed_graph() if opened is not None else path).model)
 
 
 def known_file(path: Path) -> Path:

@@ -21,6 +21,7 @@ from repdeploy_cli import options
 if TYPE_CHECKING:
     from repdeploy.progress import Progress
     from repdeploy.records import (
+        Artifact,
         Bench,
         BlockBranches,
         BlockReport,
@@ -56,6 +57,8 @@ OPERATORS_NAMED = 6
 """Kinds of operators whose numbers before and after are shown, those that changed most first."""
 MAX_FORMULA, LEAST_FORMULA = 40, 10
 """A formula that is longer, or has no room, stands below the table, once."""
+DRIFTS_SHOWN = 4
+"""Layers of an export in reduced precision whose drift is printed, the worst ones."""
 SHORTEST_NAME = 24
 """A block's name is not cut shorter than this."""
 BRANCH_COLUMNS = 47
@@ -225,7 +228,8 @@ def show_export(result: Export) -> int:
         console = stdout()
         table = _table("artifact~", "input", ">opset", ">size", ">error", ">budget")
         for item in result.artifacts:
-            worst = max(item.checks, key=lambda check: check.error, default=None)
+            strictest = min((check.budget for check in item.checks if check.budget), default=0)
+            worst = max((c for c in item.checks if c.budget == strictest), key=lambda check: check.error, default=None)
             table.add_row(
                 item.file,
                 _input(item.input_shape, item.dynamic),
@@ -235,18 +239,20 @@ def show_export(result: Export) -> int:
                 _number(worst.budget) if worst else "",
             )
         console.print(table)
-        checked = [check.subject.rpartition("batch ") for check in result.artifacts[0].checks]
-        batches = ", ".join(size for _, found, size in checked if found)
-        if batches:
-            console.print(f"checked in onnxruntime against the float64 reference at batch {batches}")
+        console.print("against the float64 reference:")
+        for item in result.artifacts:
+            for how in _judged_how(item):
+                console.print(Text(f"  {how}"))
         for name in result.reused:
             console.print(f"{name} was current already")
         _norms(console, result.norms)
+        for item in result.artifacts:
+            _precision(console, item)
         for note in result.notes:
             console.print(note, soft_wrap=True)
         console.print(Text.assemble("in ", (str(result.bundle), "bold")))
     if result.missing:
-        show_error(f"no engine was built: {result.missing}", result.hint)
+        show_error(f"not everything was built: {result.missing}", result.hint)
         return 5
     return 0
 
@@ -517,6 +523,33 @@ def _flops(count: int) -> str:
     return f"{count / 1e3:.3g} kFLOP"
 
 
+def _judged_how(artifact: Artifact) -> list[str]:
+    """What judged an artifact, and at which sizes: "model.fp32.onnx in onnxruntime: batch 1, 2, 5"."""
+    sizes: dict[str, list[str]] = {}
+    for check in artifact.checks:
+        how, _, size = check.subject.rpartition(", ")
+        sizes.setdefault(how or size, []).extend([size] if how else [])
+    shown = []
+    for how, found in sizes.items():
+        kinds = {size.split(" ")[0] for size in found}
+        numbers = ", ".join(size.partition(" ")[2] for size in found)
+        shown.append(how + (f": {kinds.pop()} {numbers}" if len(kinds) == 1 else f": {', '.join(found)}" if found else ""))
+    return shown
+
+
+def _precision(console: Console, artifact: Artifact) -> None:
+    """Of reduced precision: which layers stay in float32 and why, and where the graph drifts most."""
+    for reason in dict.fromkeys(layer.reason for layer in artifact.wide):
+        names = [layer.name for layer in artifact.wide if layer.reason == reason]
+        listed = ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+        console.print(Text(f"in float32: {listed} ({reason})"), soft_wrap=True)
+    if artifact.drift:
+        worst = sorted(artifact.drift, key=lambda item: -item.error)[:DRIFTS_SHOWN]
+        listed = ", ".join(f"{item.name} {_number(item.error)}" for item in worst)
+        more = f" (of {len(artifact.drift)} layers; --json has them all)" if len(artifact.drift) > len(worst) else ""
+        console.print(Text(f"largest drift from float64: {listed}{more}"), soft_wrap=True)
+
+
 def _norms(console: Console, norms: tuple[tuple[str, str], ...]) -> None:
     """The batch norms that no convolution takes in, each reason once."""
     for reason in dict.fromkeys(reason for _, reason in norms):
@@ -607,7 +640,8 @@ def _grouped_by_reason(dropped: tuple[tuple[str, str], ...]) -> list[tuple[str, 
 
 
 def _input(shape: tuple[int, ...], dynamic: tuple[str, ...]) -> str:
-    parts = ["batch" if index == 0 and "batch" in dynamic else str(size) for index, size in enumerate(shape)]
+    names = {0: "batch", 2: "height", 3: "width"}
+    parts = [names[index] if names.get(index) in dynamic else str(size) for index, size in enumerate(shape)]
     return "x".join(parts)
 
 

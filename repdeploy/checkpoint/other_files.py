@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repdeploy.checkpoint.stored import AGAIN, StoredTensor, unreadable
-from repdeploy.errors import UnreadableCheckpoint, UnsafeCheckpoint
+from repdeploy.errors import UnreadableCheckpoint, UnsafeCheckpoint, words
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -109,4 +109,4 @@ _HDF5_DAMAGE = (OSError, RuntimeError, ValueError, TypeError, KeyError, Attribut
 
 
 def _short(reason: Exception) -> str:
-    return " ".join(str(reason).split())[:160]
+    return words(reason, 160)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 from torch.utils._pytree import tree_flatten_with_path
 
-from repdeploy.errors import BackendFailed, InputError
+from repdeploy.errors import BackendFailed, InputError, words
 from repdeploy.graph.onnx_source import write_proto
 from repdeploy.network import sample_images
 
@@ -28,6 +27,8 @@ PRODUCER = "repdeploy"
 INPUT, OUTPUT = "input", "output"
 EXAMPLE_BATCH = 2
 """An example batch of 1 would be taken for a constant."""
+OLDEST_OF_TORCH = 18
+"""The opset below which torch's own exporter writes this one without a word."""
 
 
 def write_onnx(
@@ -44,17 +45,65 @@ def write_onnx(
     `change`: what is done to the graph before it is checked and written. The file is the same, byte for byte, for the same
     network. Raises BackendFailed where the exporter or the checker does.
     """
-    example = sample_images((EXAMPLE_BATCH if batch is None else batch, *image), seed=0)
-    model = _exported(network, example, dynamic=batch is None, names=([INPUT], [OUTPUT]))
-    _strip(model)
+    model = exported(network, image, batch=batch)
     if change is not None:
         model = change(model)
-    model.producer_name, model.producer_version = PRODUCER, ""
-    for key, value in provenance.items():
-        model.metadata_props.add(key=f"repdeploy.{key}", value=value)
+    stamp(model, provenance)
     write_proto(model, path)
-    opset: int = next(item.version for item in model.opset_import if item.domain == "")
+    return opset_of(model)
+
+
+def exported(
+    network: nn.Module,
+    image: tuple[int, int, int],
+    *,
+    batch: int | None,
+    open_image: bool = False,
+    opset: int | None = None,
+) -> onnx.ModelProto:
+    """The network as a graph, with one name per layer and nothing of this machine in it.
+
+    `batch` None, `open_image`: these axes stay open, as "batch", "height" and "width". `opset`: below 18 through the
+    TorchScript exporter, since torch's own then writes 18. Raises BackendFailed where an exporter does, or where the opset
+    read back is another one, InputError where the network fixes an axis that was to stay open.
+    """
+    example = sample_images((EXAMPLE_BATCH if batch is None else batch, *image), seed=0)
+    axes = {0: "batch"} if batch is None else {}
+    axes |= {2: "height", 3: "width"} if open_image else {}
+    if opset is None or opset >= OLDEST_OF_TORCH:
+        model = _exported(network, example, axes, opset=opset, names=([INPUT], [OUTPUT]))
+    else:
+        model = _traced(network, example, axes, ([INPUT], [OUTPUT]), opset=opset)
+    if opset is not None and opset_of(model) != opset:
+        raise BackendFailed(
+            f"torch.onnx.export was asked for opset {opset} and wrote {opset_of(model)}",
+            hint="leave --opset out, or give another",
+        )
+    dims = model.graph.input[0].type.tensor_type.shape.dim
+    fixed = [name for axis, name in axes.items() if dims[axis].dim_param != name]
+    if fixed:
+        raise InputError(
+            f"this network cannot be exported with an open {' and '.join(fixed)}: the exporter fixed it",
+            hint="give --dynamic none, or batch if that is not what is fixed",
+        )
+    strip(model)
+    _name_layers(model)
+    return model
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    opset: int = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
     return opset
+
+
+def stamp(model: onnx.ModelProto, provenance: Mapping[str, str]) -> None:
+    """Say in the file where it comes from; what was said before under these names is replaced."""
+    model.producer_name, model.producer_version = PRODUCER, ""
+    kept = {item.key: item.value for item in model.metadata_props if item.key.startswith(f"{PRODUCER}.")}
+    kept |= {f"{PRODUCER}.{key}": value for key, value in provenance.items()}
+    del model.metadata_props[:]
+    for key, value in kept.items():
+        model.metadata_props.add(key=key, value=value)
 
 
 def write_plain(network: nn.Module, path: Path, shape: tuple[int, ...]) -> list[str]:
@@ -64,15 +113,15 @@ def write_plain(network: nn.Module, path: Path, shape: tuple[int, ...]) -> list[
     Raises InputError with both reasons where neither exports the network.
     """
     example = sample_images((max(shape[0], EXAMPLE_BATCH), *shape[1:]), seed=0)
-    names = ([INPUT], _output_names(network, example))
+    names, open_batch = ([INPUT], _output_names(network, example)), {0: "batch"}
     reasons = []
     attempts: tuple[tuple[Callable[[], onnx.ModelProto], str], ...] = (
-        (lambda: _exported(network, example, dynamic=True, optimize=False, names=names), ""),
+        (lambda: _exported(network, example, open_batch, optimize=False, names=names), ""),
+        (lambda: _exported(network, sample_images(shape, seed=0), {}, optimize=False, names=names), "its batch is fixed"),
         (
-            lambda: _exported(network, sample_images(shape, seed=0), dynamic=False, optimize=False, names=names),
-            "its batch is fixed",
+            lambda: _traced(network, example, open_batch, names, as_trained=True),
+            "torch's exporter could not export it; the TorchScript exporter did",
         ),
-        (lambda: _traced(network, example, names), "torch's exporter could not export it; the TorchScript exporter did"),
     )
     for attempt, note in attempts:
         try:
@@ -80,7 +129,7 @@ def write_plain(network: nn.Module, path: Path, shape: tuple[int, ...]) -> list[
         except BackendFailed as reason:
             reasons.append(str(reason))
             continue
-        del model.metadata_props[:]
+        strip(model)
         write_proto(model, path)
         return [note] if note else []
     raise InputError(
@@ -100,7 +149,7 @@ def _output_names(network: nn.Module, example: Tensor) -> list[str]:
     except Exception as reason:  # whatever the user's network raises
         shape = "x".join(map(str, example.shape))
         raise InputError(
-            f"the network does not take images of {shape}: {type(reason).__name__}: {_short(reason)}",
+            f"the network does not take images of {shape}: {type(reason).__name__}: {words(reason)}",
             hint="state what it takes with --input-shape",
         ) from reason
     leaves = list({id(leaf): (path, leaf) for path, leaf in reversed(leaves)}.values())[::-1]  # a graph names a tensor once
@@ -111,13 +160,14 @@ def _output_names(network: nn.Module, example: Tensor) -> list[str]:
 def _exported(
     network: nn.Module,
     example: Tensor,
+    axes: Mapping[int, str],
     *,
-    dynamic: bool,
     optimize: bool = True,
+    opset: int | None = None,
     names: tuple[list[str] | None, list[str] | None] = (None, None),
 ) -> onnx.ModelProto:
-    """Through torch's exporter. Raises BackendFailed with what it said."""
-    shapes = ({0: torch.export.Dim("batch")},) if dynamic else None
+    """Through torch's exporter; `axes`: what stays open, and its names. Raises BackendFailed with what it said."""
+    shapes = ({axis: torch.export.Dim(name) for axis, name in axes.items()},) if axes else None
     return _attempted(
         lambda: torch.onnx.export(
             network,
@@ -127,6 +177,7 @@ def _exported(
             external_data=False,
             verbose=False,
             optimize=optimize,
+            opset_version=opset,
             input_names=names[0],
             output_names=names[1],
         ),
@@ -134,14 +185,22 @@ def _exported(
     )
 
 
-def _traced(network: nn.Module, example: Tensor, names: tuple[list[str], list[str]]) -> onnx.ModelProto:
-    """Through the TorchScript exporter, batch norms kept. Raises BackendFailed with what it said."""
+def _traced(
+    network: nn.Module,
+    example: Tensor,
+    axes: Mapping[int, str],
+    names: tuple[list[str], list[str]],
+    *,
+    opset: int | None = None,
+    as_trained: bool = False,
+) -> onnx.ModelProto:
+    """Through the TorchScript exporter; `as_trained`: batch norms kept. Raises BackendFailed with what it said."""
     buffer = io.BytesIO()
 
     def export() -> None:
         with warnings.catch_warnings():
-            # a branch that depends on the image would be frozen into the graph
-            warnings.simplefilter("error", TracerWarning)
+            if as_trained:  # a branch that depends on the image would be frozen into the graph; skeletons have none
+                warnings.simplefilter("error", TracerWarning)
             _trace()
 
     def _trace() -> None:
@@ -150,11 +209,12 @@ def _traced(network: nn.Module, example: Tensor, names: tuple[list[str], list[st
             (example,),
             buffer,  # type: ignore[arg-type]
             dynamo=False,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
+            training=torch.onnx.TrainingMode.PRESERVE if as_trained else torch.onnx.TrainingMode.EVAL,
+            do_constant_folding=not as_trained,
+            opset_version=opset,
             input_names=names[0],
             output_names=names[1],
-            dynamic_axes={INPUT: {0: "batch"}},
+            dynamic_axes={INPUT: dict(axes)} if axes else None,
         )
 
     return _attempted(export, lambda _: onnx.load_from_string(buffer.getvalue()))
@@ -168,7 +228,7 @@ def _attempted(export: Callable[[], Any], read: Callable[[Any], onnx.ModelProto]
         if _interrupted(reason):
             raise KeyboardInterrupt from reason
         hint = f"it said: {said.getvalue()[-300:]}" if said.getvalue() else "run with --debug for the whole trace"
-        raise BackendFailed(f"torch.onnx.export failed: {_short(_root(reason))}", hint=hint) from reason
+        raise BackendFailed(f"torch.onnx.export failed: {words(_root(reason))}", hint=hint) from reason
 
 
 def _root(reason: BaseException) -> BaseException:
@@ -176,10 +236,6 @@ def _root(reason: BaseException) -> BaseException:
     while (cause := reason.__cause__ or (None if reason.__suppress_context__ else reason.__context__)) is not None:
         reason = cause
     return reason
-
-
-def _short(reason: BaseException) -> str:
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(reason)).split())[:300]
 
 
 def is_ours(path: Path) -> bool:
@@ -211,19 +267,28 @@ def _interrupted(reason: BaseException | None) -> bool:
     return False
 
 
-def _strip(model: Any) -> None:
-    """Remove local paths, source lines and trace names; name every layer after the tensors it holds."""
+def strip(model: onnx.ModelProto) -> None:
+    """Remove what exporters write about the machine and the code they ran on: local paths, source lines, notes, times."""
     del model.metadata_props[:]
-    model.doc_string = model.graph.doc_string = ""
+    model.ClearField("doc_string")
+    model.graph.ClearField("doc_string")
+    graphs = [model.graph]
+    while graphs:
+        graph = graphs.pop()
+        for item in (*graph.value_info, *graph.input, *graph.output, *graph.initializer, *graph.node):
+            del item.metadata_props[:]
+            item.ClearField("doc_string")
+        for node in graph.node:
+            for attribute in node.attribute:
+                graphs += [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]
+
+
+def _name_layers(model: onnx.ModelProto) -> None:
+    """Every layer goes by the tensors it holds."""
     model.graph.name = "network"
-    for item in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
-        del item.metadata_props[:]
-        item.doc_string = ""
     weights = {item.name for item in model.graph.initializer}
     named: dict[str, int] = {}
     for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
         owner = next((name for name in node.input if name in weights and name.endswith(".weight")), None)
         if owner is not None:
             name = owner.removesuffix(".weight")

@@ -3,186 +3,189 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
+import onnx
+import onnx_ir as ir
 
-from repdeploy import gates
-from repdeploy.bundle import REFERENCES, Bundle, replacing, save_references
+from repdeploy.bundle import PARTIAL, Bundle, replacing
 from repdeploy.digest import digest
-from repdeploy.errors import InputError, UsageError, VerificationFailed
-from repdeploy.exporters import onnx_file, tensorrt_engine
+from repdeploy.errors import BackendFailed, InputError, UsageError, VerificationFailed
+from repdeploy.exporters import ends, onnx_file, registry, simplifying
 from repdeploy.exporters.folding import folded, norms_in
+from repdeploy.exporters.interface import Case, Exporter, Source, Written
+from repdeploy.exporters.judging import renamed
+from repdeploy.exporters.options import BATCHES, Options
+from repdeploy.exporters.precision import Proved, require_passed, write_proved
+from repdeploy.exporters.subject import Subject, subject_of
 from repdeploy.family import Family
+from repdeploy.graph.onnx_source import DATA_SUFFIX
 from repdeploy.progress import Progress
-from repdeploy.rebuild import check_image, deploy_network
-from repdeploy.records import Artifact, Check, Export, GraphReport
-from repdeploy.runtimes.onnx_cpu import OnnxSession
-
-REFERENCE_IMAGES = 3
-"""References at a deploy size of their own: enough for two batch sizes."""
-PRECISION = "fp32"
+from repdeploy.records import Artifact, Export
+from repdeploy.vouching import is_intact
 
 
 def export(
     bundle: Bundle,
     families: Sequence[Family],
     shape: tuple[int, ...],
+    options: Options,
     *,
-    trt: bool,
     output: Path | None,
-    dynamic: str,
-    fold: bool,
     command: str,
     progress: Progress,
 ) -> Export:
-    """Write ONNX (and for `trt` the engine, or all that its target machine needs). `fold`: squeeze the graph as well.
+    """Write ONNX, and from it every target of the options; what a target lacks here is in the answer.
 
-    Raises UsageError where `output` would replace something that is no export of ours.
+    Raises UsageError where `output` would replace something that is no export of ours, InputError where the network cannot be
+    exported as asked, VerificationFailed where an artifact is not the proved network: then it is not written.
     """
     bundle.require_verified()
-    if bundle.manifest.graph is not None:
-        return _of_graph(bundle, bundle.manifest.graph, shape, trt=trt, output=output, command=command)
-    image = check_image(bundle, families, shape)
-    name = f"model.{PRECISION}.onnx"
-    path = output or bundle.path / name
+    targets = [registry.require(name) for name in options.targets]
+    if options.simplify:
+        simplifying.require()
     if output is not None:
         _may_write(output)
     with bundle.locked():
+        subject = subject_of(bundle, families, shape, options)
+        folder = bundle.path if output is None else output.parent
+        usual = _file_name(bundle, options)
+        name = usual if output is None else output.name
         progress("exporting ONNX", 0, 3)
-        current = _current(bundle, name, shape, dynamic, fold) if output is None else None
-        written = current
+        written = _current(bundle, usual, subject, options)
+        reused = (name,) if written is not None and output is None else ()
+        if output is not None and written is not None:
+            written = None if written.others else _copied(bundle.path / written.file, output, written)
         if written is None:
-            inputs, outputs = _references(bundle, families, image, progress)
-            network = deploy_network(bundle, families, image)
-            limits = _limits(bundle, families, image)
-            written = _write_onnx(
-                bundle, network, path, image, shape, dynamic, fold, command, limits, inputs, outputs, progress
-            )
+            replaced = _replaced(bundle, name) if output is None else ()
+            written = _write_onnx(bundle, subject, folder, name, options, command, progress)
             if output is None:
                 bundle.write_manifest(bundle.manifest.with_artifact(written))
-        reused = (name,) if current is not None else ()
+        else:
+            replaced = ()
         progress("exporting ONNX", 3, 3)
-        if not trt:
-            return Export(path.parent, (written,), reused, norms=_norms_left(bundle, path))
-        return _tensorrt(bundle, written, path, {onnx_file.INPUT: image}, command, reused)
-
-
-def _of_graph(
-    bundle: Bundle, graph: GraphReport, shape: tuple[int, ...], *, trt: bool, output: Path | None, command: str
-) -> Export:
-    """A bundle that was made from a graph has its ONNX, with the axes that the graph has.
-
-    Raises InputError for another image size, UsageError where `output` would replace something that is no export of ours.
-    """
-    onnx = next(item for item in bundle.manifest.artifacts if item.kind == "onnx")
-    if shape[1:] != onnx.input_shape[1:]:
-        raise InputError(
-            f"this bundle was squeezed and proved at {'x'.join(map(str, onnx.input_shape))}",
-            hint="convert the graph again with that --input-shape",
-        )
-    path = bundle.squeezed_graph()
-    if output is not None:
-        _may_write(output)
-        with replacing(output) as temporary:
-            shutil.copyfile(path, temporary)
-        return Export(output.parent, (replace(onnx, file=output.name),))
-    if not trt:
-        return Export(bundle.path, (onnx,), (onnx.file,))
-    with bundle.locked():
-        # an input whose first axis is fixed needs no profile
-        is_open = {port.name for port in graph.inputs if port.shape and not port.shape[0].isdigit()}
-        shapes = {name: sampled[1:] for name, sampled in graph.sampled if name in is_open or not onnx.dynamic}
-        return _tensorrt(bundle, onnx, path, shapes, command, (onnx.file,))
+        result = Export(folder, (written,), reused, notes=(*written.notes, *replaced), norms=_norms_left(bundle, folder / name))
+        for target in targets:
+            result = _add(bundle, subject, target, written, result, options, command, progress)
+        return result
 
 
 def _may_write(output: Path) -> None:
     """Raises UsageError where a file of somebody else stands, or no folder."""
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}", hint="make it first, or give another -o")
-    if output.is_dir() or (output.exists() and not onnx_file.is_ours(output)):
-        raise UsageError(f"{output} exists and is no export of ours; it is left as it is", hint="give another name with -o")
-
-
-def onnx_checks(path: Path, precision: str, inputs: np.ndarray, outputs: np.ndarray, *, dynamic: bool) -> list[Check]:
-    """Gate 4: the file through onnxruntime against the float64 reference, at two batch sizes where it takes them."""
-    session = OnnxSession(path)
-    sizes = sorted({len(inputs), 1}) if dynamic else [onnx_file.image_of(path)[0][0] or 1]
-    checks = []
-    for size in sizes:
-        x = np.concatenate([inputs] * -(-size // len(inputs)))[:size]
-        wanted = np.concatenate([outputs] * -(-size // len(outputs)))[:size]
-        got = torch.from_numpy(session.run(np.ascontiguousarray(x)))
-        subject = f"{path.name} in onnxruntime, batch {size}"
-        checks.append(gates.artifact_check(subject, got, torch.from_numpy(wanted), precision))
-    return checks
-
-
-def _limits(bundle: Bundle, families: Sequence[Family], image: tuple[int, int, int]) -> dict[str, str]:
-    """What a graph must say of itself because its skeleton's graphs hold at one size only."""
-    skeletons = (item for family in families for item in family.skeletons if item.name == bundle.manifest.skeleton)
-    reason = next(skeletons).one_resolution
-    return {"valid_at": f"{image[1]}x{image[2]} only: {reason}"} if reason else {}
+    for path in (output, output.with_name(output.name + DATA_SUFFIX)):
+        if path.is_dir() or (path.exists() and not (output.is_file() and onnx_file.is_ours(output))):
+            raise UsageError(f"{path} exists and is no export of ours; it is left as it is", hint="give another name with -o")
 
 
 def _write_onnx(
-    bundle: Bundle,
-    network: torch.nn.Module,
-    path: Path,
-    image: tuple[int, int, int],
-    shape: tuple[int, ...],
-    dynamic: str,
-    fold: bool,
-    command: str,
-    limits: dict[str, str],
-    inputs: np.ndarray,
-    outputs: np.ndarray,
-    progress: Progress,
+    bundle: Bundle, subject: Subject, folder: Path, name: str, options: Options, command: str, progress: Progress
 ) -> Artifact:
-    manifest = bundle.manifest
-    provenance = {
-        "source": manifest.source.file, "source_sha256": manifest.source.sha256, "weights_sha256": manifest.weights_sha256,
-        "family": manifest.family, "architecture": manifest.architecture, "grade": manifest.verdict.grade,
-        "version": manifest.tools.get("repdeploy", ""), **limits,
-        **({"warnings": "; ".join(manifest.verdict.warnings)} if manifest.verdict.warnings else {}),
-    }  # fmt: skip
-    with replacing(path) as temporary:
-        batch = None if dynamic == "batch" else shape[0]
-        change = folded if fold else None
-        opset = onnx_file.write_onnx(network, temporary, image, batch=batch, provenance=provenance, change=change)
-        progress("verifying ONNX", 2, 3)
-        checks = onnx_checks(temporary, PRECISION, inputs, outputs, dynamic=batch is None)
-        checks = [replace(check, subject=check.subject.replace(temporary.name, path.name)) for check in checks]
-        failed = next((check for check in checks if not check.passed), None)
-        if failed is not None:
-            raise VerificationFailed(
-                f"{path.name} is not the proved network: {failed.subject}: "
-                f"{failed.failure or f'error {failed.error:.3g}, budget {failed.budget:.3g}'}; it was not written",
-                hint="please report this with the versions that repdeploy doctor prints",
-            )
+    """The graph with everything that was asked for, checked under its final name and then moved into place."""
+    references = subject.cases(progress)
+    if not references:
+        raise InputError(
+            "nothing was recorded that an export could be judged by: this bundle was converted with --gates blocks",
+            hint="convert again without --gates blocks",
+        )
+    model = ir.from_proto(subject.graph(options))
+    ends.finished(model, options)
+    cases = ends.cases_with_ends(references, subject.image, subject.output, options)
+    proto = ir.to_proto(model)
+    notes: tuple[str, ...] = ()
+    if options.fold and (bundle.manifest.graph is None or options.normalize is not None):
+        proto = folded(proto)
+    if options.normalize is not None:
+        notes += (ends.normalization_note(ir.from_proto(proto), options),)
+    provenance = {**subject.provenance, "precision": options.precision, **options.of_graph}
+    with _scratch(folder, name) as scratch:
+        path = scratch / name
+        if options.simplify:
+            proved, note = _simplified(proto, path, cases, options, provenance, progress)
+            notes += (note,)
+        else:
+            proved = write_proved(proto, path, cases, options, provenance, progress)
+        _into(folder, scratch, (name, *proved.others))
+    before = bundle.manifest.artifact(name) if folder == bundle.path else None
+    for stale in {item for item, _ in before.others} - set(proved.others) if before is not None else ():
+        (folder / stale).unlink(missing_ok=True)
     return Artifact(
-        file=path.name, kind="onnx", precision=PRECISION, sha256=digest(path), bytes=path.stat().st_size,
-        made_from=manifest.weights_sha256, command=command, input_shape=shape, opset=opset,
-        dynamic=("batch",) if dynamic == "batch" else (), checks=tuple(checks), folded=fold,
+        file=name, kind="onnx", precision=options.precision, sha256=digest(folder / name),
+        bytes=sum((folder / item).stat().st_size for item in (name, *proved.others)),
+        made_from=bundle.manifest.weights_sha256, command=command, input_shape=subject.shape, opset=proved.opset,
+        dynamic=subject.dynamic, checks=proved.checks, options=options.of_graph,
+        others=tuple((item, digest(folder / item)) for item in proved.others), wide=proved.wide, drift=proved.drift,
+        notes=(*notes, *proved.notes),
     )  # fmt: skip
 
 
-def _references(
-    bundle: Bundle, families: Sequence[Family], image: tuple[int, int, int], progress: Progress
-) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and float64 outputs at an image size: the gates' own where they fit, else made from the proved weights."""
-    known = bundle.references()
-    if image not in known:
-        progress("running the proved network in float64", 1, 3)
-        images = gates.gate_images(image, batch=REFERENCE_IMAGES)
-        exact = gates.run_in_chunks(deploy_network(bundle, families, image, torch.float64), images.double())
-        known[image] = images.numpy(), exact.numpy()
-        save_references(bundle.path / REFERENCES, known)
-        bundle.write_manifest(replace(bundle.manifest, references_sha256=digest(bundle.path / REFERENCES)))
-    return known[image]
+def _simplified(
+    proto: onnx.ModelProto,
+    path: Path,
+    cases: Sequence[Case],
+    options: Options,
+    provenance: Mapping[str, str],
+    progress: Progress,
+) -> tuple[Proved, str]:
+    """What onnxsim makes of a graph where it is still the proved network, else the graph as it was; and which of them."""
+    try:
+        simple = simplifying.simplified(proto)
+        proved = write_proved(simple, path, cases, options, provenance, progress)
+    except (BackendFailed, VerificationFailed) as reason:
+        proved = write_proved(proto, path, cases, options, provenance, progress)
+        return proved, f"what onnxsim made was not taken: {reason}; the graph is written as it was"
+    return proved, f"onnxsim: {len(proto.graph.node)} nodes -> {len(simple.graph.node)}, verified again"
+
+
+def _add(
+    bundle: Bundle,
+    subject: Subject,
+    target: Exporter,
+    onnx_artifact: Artifact,
+    result: Export,
+    options: Options,
+    command: str,
+    progress: Progress,
+) -> Export:
+    """One more target from the written ONNX."""
+    cases = ends.cases_with_ends(subject.cases(progress), subject.image, subject.output, options)
+    size = subject.shape[0]
+    with _scratch(bundle.path, target.name) as scratch:
+        source = Source(
+            onnx=bundle.path / onnx_artifact.file, artifact=onnx_artifact, cases=cases, folder=bundle.path, scratch=scratch,
+            shapes={options.input_name if name == subject.image and options.input_name else name: shape
+                    for name, shape in subject.profiled.items()},
+            batches=(options.engine.batches or BATCHES) if "batch" in subject.dynamic else (size, size, size),
+            options=options, image=subject.image, module=subject.module,
+        )  # fmt: skip
+        notes = (*result.notes, *target.prepare(source))
+        absent = target.missing()
+        if absent is not None:
+            missing, hints = (*filter(None, (result.missing,)), absent.what), (*filter(None, (result.hint,)), absent.hint)
+            return replace(result, notes=notes, missing="; ".join(missing), hint="; ".join(hints))
+        progress(f"writing {target.title}", 0, 1)
+        written = target.write(source, progress)
+        require_passed(written.file, written.checks)
+        artifact = _recorded(bundle, source, target, written, command)
+        _into(bundle.path, scratch, (written.file, *written.others))
+        bundle.write_manifest(bundle.manifest.with_artifact(artifact))
+    return replace(result, artifacts=(*result.artifacts, artifact), notes=(*notes, *written.notes))
+
+
+def _recorded(bundle: Bundle, source: Source, target: Exporter, written: Written, command: str) -> Artifact:
+    files = [source.scratch / name for name in (written.file, *written.others)]
+    return Artifact(
+        file=written.file, kind=target.name, precision=written.precision, sha256=digest(files[0]),
+        bytes=sum(path.stat().st_size for path in files), made_from=source.artifact.sha256, command=command,
+        input_shape=source.artifact.input_shape, dynamic=source.artifact.dynamic, checks=written.checks,
+        options={**source.options.of_graph, **written.options},
+        others=tuple((path.name, digest(path)) for path in files[1:]), notes=written.notes, target=written.target,
+    )  # fmt: skip
 
 
 def _norms_left(bundle: Bundle, path: Path) -> tuple[tuple[str, str], ...]:
@@ -191,35 +194,59 @@ def _norms_left(bundle: Bundle, path: Path) -> tuple[tuple[str, str], ...]:
     return tuple((name, reason) for name, reason in bundle.manifest.norms if name in left)
 
 
-def _current(bundle: Bundle, name: str, shape: tuple[int, ...], dynamic: str, fold: bool) -> Artifact | None:
-    """The artifact of that name, where it was made from these weights for this shape and is unchanged since."""
-    artifact, path = bundle.manifest.artifact(name), bundle.path / name
-    wanted = ("batch",) if dynamic == "batch" else ()
+def _file_name(bundle: Bundle, options: Options) -> str:
+    """The name of an export in a bundle. A squeezed graph keeps its own, because everything else is made from it."""
+    name = f"model.{options.precision}.onnx"
+    if bundle.manifest.graph is None:
+        return name
+    own = bundle.own_artifact()
+    if not options.of_graph and options.precision in ("fp32", own.precision):
+        return own.file
+    return name if name != own.file else f"model.{options.precision}.export.onnx"
+
+
+def _copied(source: Path, output: Path, artifact: Artifact) -> Artifact:
+    with replacing(output) as temporary:
+        shutil.copyfile(source, temporary)
+    return replace(artifact, file=output.name, checks=renamed(artifact.checks, artifact.file, output.name))
+
+
+def _replaced(bundle: Bundle, name: str) -> tuple[str, ...]:
+    """What a new file of that name takes the place of, and what was made from it."""
+    old = bundle.manifest.artifact(name)
+    if old is None or old.made_from == old.sha256:
+        return ()
+    made = [item.file for item in bundle.manifest.artifacts if item.made_from == old.sha256]
+    how = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in old.options.items())
+    shape = "x".join(map(str, old.input_shape))
+    still = f"; {', '.join(made)} was made from that one and stays as it is" if made else ""
+    return (f"it takes the place of the {name} for {shape}{f' with {how}' if how else ''}{still}",)
+
+
+def _current(bundle: Bundle, name: str, subject: Subject, options: Options) -> Artifact | None:
+    """The artifact of that name, where it was made from these weights in the same way and is unchanged since."""
+    artifact = bundle.manifest.artifact(name)
     if artifact is None or artifact.made_from != bundle.manifest.weights_sha256:
         return None
-    if artifact.dynamic != wanted or artifact.folded != fold:
+    if artifact.dynamic != subject.dynamic or artifact.options != options.of_graph:
         return None
-    same_shape = artifact.input_shape[1:] == shape[1:] if wanted else artifact.input_shape == shape
-    return artifact if same_shape and path.is_file() and digest(path) == artifact.sha256 else None
+    same_shape = artifact.input_shape[1:] == subject.shape[1:] if subject.dynamic else artifact.input_shape == subject.shape
+    return artifact if same_shape and is_intact(bundle.path, artifact) else None
 
 
-def _tensorrt(
-    bundle: Bundle, onnx: Artifact, path: Path, shapes: tensorrt_engine.Shapes, command: str, reused: tuple[str, ...]
-) -> Export:
-    size = onnx.input_shape[0]
-    batches = tensorrt_engine.BATCHES if onnx.dynamic else (size, size, size)
-    tensorrt_engine.write_build_script(bundle.path, path.name, shapes, batches, onnx.precision)
-    line = tensorrt_engine.trtexec_line(path.name, shapes, batches)
-    notes = (f"{tensorrt_engine.SCRIPT} builds, runs and checks the engine on the target machine", f"or: {line}")
-    absent = tensorrt_engine.missing()
-    if absent is not None:
-        return Export(
-            bundle.path, (onnx,), reused, missing=absent[0], hint=absent[1], notes=notes, norms=_norms_left(bundle, path)
-        )
-    plan = tensorrt_engine.build_engine(bundle.path)
-    engine = Artifact(
-        file=plan.name, kind="tensorrt", precision=onnx.precision, sha256=digest(plan), bytes=plan.stat().st_size,
-        made_from=bundle.manifest.weights_sha256, command=command, input_shape=onnx.input_shape, dynamic=onnx.dynamic,
-    )  # fmt: skip
-    bundle.write_manifest(bundle.manifest.with_artifact(engine))
-    return Export(bundle.path, (onnx, engine), reused, notes=notes, norms=_norms_left(bundle, path))
+@contextmanager
+def _scratch(folder: Path, name: str) -> Iterator[Path]:
+    """An empty folder beside the target, in which files have their final names until they are proved; it vanishes after."""
+    try:
+        path = Path(tempfile.mkdtemp(prefix=f".{name}{PARTIAL}", dir=folder))
+    except OSError as reason:
+        raise UsageError(f"{folder} cannot be written: {reason.strerror}", hint="give another output with -o") from reason
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _into(folder: Path, scratch: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (scratch / name).replace(folder / name)

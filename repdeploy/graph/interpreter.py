@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from repdeploy.errors import InputError
+from repdeploy.errors import InputError, words
 from repdeploy.graph.attributes import Window, axes_of, ints, number, text
 
 Values = tuple[Tensor, ...]
@@ -68,7 +68,7 @@ class Interpreter:
         except CannotInterpret:
             raise
         except Exception as reason:  # whatever torch or onnx.reference say to shapes that do not fit
-            raise CannotInterpret(f"{node.op_type} {node.name or ''}: {' '.join(str(reason).split())[:200]}") from reason
+            raise CannotInterpret(f"{node.op_type} {node.name or ''}: {words(reason, 200)}") from reason
 
     def _reference(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> Values:
         if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveInitializersFromInputsPass
 
 from repdeploy.bundle import BENCH, MANIFEST, REFERENCES, SOURCE, WEIGHTS, replacing
-from repdeploy.errors import BackendFailed, InputError, UnreadableCheckpoint
+from repdeploy.errors import BackendFailed, InputError, UnreadableCheckpoint, words
 from repdeploy.gates import PRECISION_BUDGETS
 from repdeploy.graph.known import STANDARD
 
@@ -24,7 +24,12 @@ WEIGHTS_APART = 4
 """The IR version since which weights need not be inputs as well."""
 MAX_BYTES = 1_800_000_000
 """Protobuf ends at 2 GiB; below this the weights stay inside the file."""
-RESERVED = frozenset({SOURCE, MANIFEST, REFERENCES, BENCH, WEIGHTS, *(f"model.{name}.onnx" for name in PRECISION_BUDGETS)})
+DATA_SUFFIX = ".data"
+"""Behind a model's name: the file beside it that holds its weights."""
+RESERVED = frozenset({
+    SOURCE, MANIFEST, REFERENCES, BENCH, WEIGHTS,
+    *(f"model.{name}.onnx{suffix}" for name in PRECISION_BUDGETS for suffix in ("", DATA_SUFFIX)),
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ def read_onnx(path: Path) -> OnnxSource:
         raise UnreadableCheckpoint(f"{path.name} cannot be read: {reason.strerror}", hint="check the path") from reason
     except Exception as reason:  # protobuf's DecodeError has no public name
         raise UnreadableCheckpoint(
-            f"{path.name} is no ONNX file: {' '.join(str(reason).split())[:120]}", hint="export it again, or copy it again"
+            f"{path.name} is no ONNX file: {words(reason, 120)}", hint="export it again, or copy it again"
         ) from reason
     if not proto.graph.node:
         raise UnreadableCheckpoint(f"{path.name} holds no graph", hint="export it again, or copy it again")
@@ -82,7 +87,7 @@ def read_onnx(path: Path) -> OnnxSource:
         model = ir.load(path)
     except Exception as reason:  # the checker's and the reader's errors have no base of their own
         raise InputError(
-            f"{path.name} is not valid ONNX: {' '.join(str(reason).split())[:300]}",
+            f"{path.name} is not valid ONNX: {words(reason)}",
             hint="the exporter is to blame: onnx.checker.check_model says the same",
         ) from reason
     if "" not in model.opset_imports:
@@ -102,24 +107,46 @@ def read_onnx(path: Path) -> OnnxSource:
     return OnnxSource(path, model, external, tuple(notes))
 
 
-def write_model(model: ir.Model, path: Path) -> None:
+def write_model(model: ir.Model, path: Path) -> tuple[str, ...]:
     """As `write_proto`."""
-    write_proto(ir.to_proto(model), path)
+    return write_proto(ir.to_proto(model), path)
 
 
-def write_proto(proto: onnx.ModelProto, path: Path) -> None:
-    """One file, byte for byte the same for the same model. Raises BackendFailed where it is not valid or too large."""
-    if proto.ByteSize() > MAX_BYTES:
-        raise BackendFailed(
-            f"the ONNX file would have {proto.ByteSize() / 1e9:.1f} GB, and one file ends at 1.8",
-            hint="larger models are not written yet",
-        )
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as reason:  # the checker's errors have no base of their own
-        raise BackendFailed(f"the graph is not valid ONNX: {' '.join(str(reason).split())[:300]}") from reason
+def write_proto(proto: onnx.ModelProto, path: Path) -> tuple[str, ...]:
+    """Write a model, byte for byte the same for the same model; returns the files beside it that hold its weights, of a model
+    that one file cannot hold. Raises BackendFailed where it is not valid."""
+    if _weights_in(proto) > MAX_BYTES:
+        return _write_apart(proto, path)
+    require_valid(proto)
     with replacing(path) as temporary:
         temporary.write_bytes(proto.SerializeToString(deterministic=True))
+    return ()
+
+
+def _weights_in(proto: onnx.ModelProto) -> int:
+    """Bytes of the weights that a model holds itself: protobuf does not measure what it cannot write."""
+    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+
+
+def _write_apart(proto: onnx.ModelProto, path: Path) -> tuple[str, ...]:
+    """The weights in a file of their own, whose name the model holds: both appear under their final names."""
+    data = f"{path.name}{DATA_SUFFIX}"
+    onnx.external_data_helper.convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=data)
+    (path.parent / data).unlink(missing_ok=True)  # onnx appends to what it finds
+    onnx.save_model(proto, path)
+    require_valid(str(path))
+    return (data,) if (path.parent / data).is_file() else ()
+
+
+def require_valid(model: onnx.ModelProto | str) -> None:
+    """Raises BackendFailed with what onnx's checker says of a model, or of a file. What is too large to be checked in memory
+    is checked when it is written."""
+    if isinstance(model, onnx.ModelProto) and _weights_in(model) > MAX_BYTES:
+        return
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as reason:  # the checker's errors have no base of their own
+        raise BackendFailed(f"the graph is not valid ONNX: {words(reason)}") from reason
 
 
 def _with_output_shapes(proto: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -144,7 +171,7 @@ def _external(path: Path, proto: onnx.ModelProto) -> tuple[str, ...]:
             raise InputError(
                 f"{path.name} reads its weights from {name!r}, outside its own folder", hint="save it in one folder"
             )
-        if name in RESERVED:
+        if name in RESERVED and name != f"{path.name}{DATA_SUFFIX}":
             raise InputError(f"{path.name} keeps its weights in {name}, a name of a bundle's own files", hint="save it anew")
         if not (path.parent / name).is_file():
             raise InputError(

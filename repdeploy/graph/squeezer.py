@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from repdeploy.algebra import FILL_TOLERANCE
-from repdeploy.errors import CannotSqueeze, VerificationFailed
+from repdeploy.errors import CannotSqueeze, VerificationFailed, words
 from repdeploy.graph.interpreter import CannotInterpret
 from repdeploy.graph.known import Known
 from repdeploy.graph.readings import Readings
@@ -86,7 +86,7 @@ def squeeze(
             try:
                 check = region_check(known, region, region.output.name or "", seed)
             except (CannotInterpret, CannotSqueeze, RuntimeError) as reason:  # torch's own, of a size that does not fit
-                unproved.append(Kept(_last(region), f"it could not be proved: {' '.join(str(reason).split())[:200]}"))
+                unproved.append(Kept(_last(region), f"it could not be proved: {words(reason, 200)}"))
                 continue
             checks[region] = check
             if not check.passed:

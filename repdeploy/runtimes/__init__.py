@@ -1,9 +1,13 @@
-"""Runtimes behind one small interface. Being absent is normal: a runtime says what is missing and how to get it."""
+"""Runtimes behind one small interface. Being absent is normal: a runtime says what is missing and how to get it.
 
+Entry-point group `repdeploy.runtimes`.
+"""
+
+from repdeploy.plugins import Group
 from repdeploy.runtimes.interface import Job, Missing, Runtime, Session
-from repdeploy.runtimes.onnx_cpu import OnnxRuntimeCpu
-from repdeploy.runtimes.torch_eager import TorchEager
 
-RUNTIMES: tuple[Runtime, ...] = (TorchEager("cpu"), OnnxRuntimeCpu(), TorchEager("cuda"))
+RUNTIMES: Group[Runtime] = Group(
+    "repdeploy.runtimes", "runtime", "repdeploy.runtimes.Runtime", lambda item: isinstance(item, Runtime)
+)
 
-__all__ = ["RUNTIMES", "Job", "Missing", "OnnxRuntimeCpu", "Runtime", "Session", "TorchEager"]
+__all__ = ["RUNTIMES", "Job", "Missing", "Runtime", "Session"]

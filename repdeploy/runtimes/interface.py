@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
+
+from repdeploy.vouching import Compiled
 
 if TYPE_CHECKING:
     from torch import nn
 
+NETWORK, ONNX = "network", "onnx"
 Feeds = dict[str, np.ndarray]
 """A graph's inputs by name."""
 
@@ -24,6 +27,8 @@ class Job:
     image: tuple[int, int, int]
     threads: int
     module: Callable[[], nn.Module] | None = None
+    compiled: Mapping[str, Compiled] = field(default_factory=dict)
+    """Compiled or converted files of the same network, by kind, each vouched for."""
     onnx: Callable[[], Path] | None = None
     feeds: Callable[[int], Feeds] | None = None
     """Of a graph: its inputs by name at a batch size. Raises IllegalInput where the graph has another."""
@@ -44,13 +49,11 @@ class Missing:
 class Session(Protocol):
     """A network that is loaded and ready."""
 
-    def run(self, x: np.ndarray) -> np.ndarray:
-        """x (batch, channels, height, width) float32 -> the first output."""
-
     def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
         """A function that runs the network once on x and returns the seconds it took, device synchronised."""
 
 
+@runtime_checkable
 class Runtime(Protocol):
     """`name` and `device` make up a row of the benchmark."""
 
@@ -62,6 +65,10 @@ class Runtime(Protocol):
 
     @property
     def precision(self) -> str: ...
+
+    @property
+    def needs(self) -> str:
+        """What of a network it runs: NETWORK, ONNX, or the kind of a compiled file ("tensorrt", "ncnn")."""
 
     def missing(self) -> Missing | None:
         """None when ready."""

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from repdeploy.errors import BackendFailed
-from repdeploy.runtimes.interface import Feeds, Job, Missing
+from repdeploy.errors import BackendFailed, words
+from repdeploy.runtimes.interface import ONNX, Feeds, Job, Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class OnnxRuntimeCpu:
     name: str = "onnxruntime"
     device: str = "cpu"
     precision: str = "float32"
+    needs: str = ONNX
 
     def missing(self) -> Missing | None:
         if importlib.util.find_spec("onnxruntime") is None:
@@ -33,6 +34,9 @@ class OnnxRuntimeCpu:
         if job.onnx is None:
             raise BackendFailed("onnxruntime needs an ONNX file")
         yield OnnxSession(job.onnx(), job.threads)
+
+
+CPU = OnnxRuntimeCpu()
 
 
 class OnnxSession:
@@ -49,7 +53,7 @@ class OnnxSession:
         try:
             self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as reason:  # its exceptions have no common base of their own
-            raise BackendFailed(f"onnxruntime does not load {path.name}: {_short(reason)}") from reason
+            raise BackendFailed(f"onnxruntime does not load {path.name}: {words(reason)}") from reason
         self.input_names: tuple[str, ...] = tuple(item.name for item in self._session.get_inputs())
         self.input_name = self.input_names[0]
 
@@ -62,7 +66,7 @@ class OnnxSession:
             results = self._session.run(None, dict(feeds))
         except Exception as reason:
             shapes = ", ".join(str(array.shape) for array in feeds.values())
-            raise BackendFailed(f"onnxruntime failed on an image of {shapes}: {_short(reason)}") from reason
+            raise BackendFailed(f"onnxruntime failed on an image of {shapes}: {words(reason)}") from reason
         return {output.name: result for output, result in zip(self._session.get_outputs(), results, strict=True)}
 
     def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
@@ -74,7 +78,3 @@ class OnnxSession:
             return time.perf_counter() - start
 
         return once
-
-
-def _short(reason: Exception) -> str:
-    return " ".join(str(reason).split())[:300]

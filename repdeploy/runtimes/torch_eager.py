@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from repdeploy.errors import BackendFailed
-from repdeploy.runtimes.interface import Feeds, Job, Missing
+from repdeploy.runtimes.interface import NETWORK, Feeds, Job, Missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class TorchEager:
     device: str
     name: str = "torch"
     precision: str = "float32"
+    needs: str = NETWORK
 
     def missing(self) -> Missing | None:
         if self.device != "cuda" or torch.cuda.is_available():
@@ -43,6 +44,9 @@ class TorchEager:
             torch.backends.cudnn.allow_tf32 = tf32
 
 
+CPU, CUDA = TorchEager("cpu"), TorchEager("cuda")
+
+
 class TorchSession:
     def __init__(self, network: nn.Module, device: str) -> None:
         self.network, self.device = network, device
@@ -54,9 +58,9 @@ class TorchSession:
 
     def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
         images = (
-            {name: torch.from_numpy(array).to(self.device) for name, array in x.items()}
+            {name: _tensor(array).to(self.device) for name, array in x.items()}
             if isinstance(x, dict)
-            else torch.from_numpy(x).to(self.device)
+            else _tensor(x).to(self.device)
         )
 
         def on_cpu() -> float:
@@ -75,3 +79,8 @@ class TorchSession:
             return float(start.elapsed_time(end)) / 1000
 
         return on_cuda if self.device == "cuda" else on_cpu
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Types that numpy has from elsewhere (bfloat16) as float32, in which torch computes here anyway."""
+    return torch.from_numpy(array if array.dtype.isbuiltin == 1 else array.astype(np.float32))

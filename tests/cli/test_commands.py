@@ -52,14 +52,16 @@ def test_bench_on_the_cpu_fills_and_merges_rows(repdeploy: CommandLine, ckpt: Pa
     assert answer.status == 0, answer.stderr
     document = answer.json
     assert document["schema"] == "repdeploy.bench/1"
-    assert [(row["runtime"], row["batch"]) for row in document["rows"]] == [("torch", 1), ("onnxruntime", 1)]
+    ours = {("torch", 1), ("onnxruntime", 1)}
+    assert ours <= {(row["runtime"], row["batch"]) for row in document["rows"]}
+    document["rows"] = [row for row in document["rows"] if not row["missing"]]
     for row in document["rows"]:
         assert [timing["network"] for timing in row["timings"]] == ["training-time", "deploy"]
         assert all(len(timing["seconds"]) >= 12 and timing["precision"] == "float32" for timing in row["timings"])
         assert row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
     assert repdeploy("bench", "--batch", "2", "--seconds", "0.1", "--runtime", "torch").status == 0
     rows = json.loads((tmp_path / "ckpt.repdeploy" / "bench.json").read_text())["rows"]
-    assert sorted((row["runtime"], row["batch"]) for row in rows) == [("onnxruntime", 1), ("torch", 1), ("torch", 2)]
+    assert {(row["runtime"], row["batch"]) for row in rows} >= {*ours, ("torch", 2)}
 
 
 def test_bench_of_an_onnx_file_alone(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
@@ -67,10 +69,8 @@ def test_bench_of_an_onnx_file_alone(repdeploy: CommandLine, ckpt: Path, tmp_pat
     assert repdeploy("export", "-o", tmp_path / "alone.onnx").status == 0
     answer = repdeploy("bench", "alone.onnx", "--batch", "1", "--seconds", "0.1", "--json")
     assert answer.status == 0, answer.stderr
-    assert [(row["runtime"], row["timings"][0]["network"]) for row in answer.json["rows"]] == [
-        ("torch", "file"),
-        ("onnxruntime", "file"),
-    ]
+    measured = {(row["runtime"], row["timings"][0]["network"]) for row in answer.json["rows"] if not row["missing"]}
+    assert measured >= {("torch", "file"), ("onnxruntime", "file")}
 
 
 def test_inspect_executes_nothing_and_says_what_is_there(repdeploy: CommandLine, ckpt: Path) -> None:
@@ -335,7 +335,7 @@ def test_a_kept_artifact_keeps_its_reference(repdeploy: CommandLine, ckpt: Path)
     answer = repdeploy("verify", "--json")
     assert answer.status == 0
     assert answer.json["skipped"] == []
-    assert sum("model.fp32.onnx" in check["subject"] for check in answer.json["checks"]) == 2
+    assert sum("model.fp32.onnx" in check["subject"] for check in answer.json["checks"]) == 3
 
 
 def test_two_exports_at_once_leave_a_whole_bundle(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:

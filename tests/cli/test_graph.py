@@ -68,7 +68,7 @@ def test_every_command_on_a_graph(repdeploy: CommandLine, net: Path, tmp_path: P
 
     benched = repdeploy("bench", "--batch", "1", "--seconds", "0.1", "--json")
     assert benched.status == 0, benched.stderr
-    assert [row["runtime"] for row in benched.json["rows"]] == ["torch", "onnxruntime"]
+    assert {row["runtime"] for row in benched.json["rows"]} >= {"torch", "onnxruntime"}
     assert all([t["network"] for t in row["timings"]] == ["original", "squeezed"] for row in benched.json["rows"])
 
 

@@ -17,8 +17,9 @@ from repdeploy.network import ExpressionLayer, sample_images
 from repdeploy.rebuild import deploy_network, training_twin
 from repdeploy.records import BenchRow, Interval, Timing, plain
 from repdeploy.registry import families
-from repdeploy.runtimes import OnnxRuntimeCpu, TorchEager
 from repdeploy.runtimes.interface import Missing
+from repdeploy.runtimes.onnx_cpu import OnnxRuntimeCpu
+from repdeploy.runtimes.torch_eager import TorchEager
 from repdeploy.statistics import interleaved, speedup, warm_up
 from tests.networks import repvgg, save
 

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 
 import repdeploy
-from repdeploy import registry
+from repdeploy import plugins, registry
 from repdeploy.errors import UnknownFamily, UsageError
 from repdeploy.runtimes.onnx_cpu import OnnxSession
 
+GROUP = registry.FAMILIES.group
 PLUGIN = Path(__file__).parents[1] / "example_plugin"
 
 
@@ -24,14 +25,15 @@ PLUGIN = Path(__file__).parents[1] / "example_plugin"
 def outsider(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example plugin's entry points beside ours, without installing it into the environment."""
     monkeypatch.syspath_prepend(str(PLUGIN))
-    ours = list(registry.entry_points(group=registry.GROUP))
+    real = plugins.entry_points
+    ours = list(plugins.entry_points(group=GROUP))
     theirs = [
-        EntryPoint("twobranch", "repdeploy_twobranch:FAMILY", registry.GROUP),
-        EntryPoint("broken", "repdeploy_twobranch:NOTHING", registry.GROUP),
-        EntryPoint("wrong", "repdeploy_twobranch:forward", registry.GROUP),
-        EntryPoint("absent", "no_such_module:FAMILY", registry.GROUP),
+        EntryPoint("twobranch", "repdeploy_twobranch:FAMILY", GROUP),
+        EntryPoint("broken", "repdeploy_twobranch:NOTHING", GROUP),
+        EntryPoint("wrong", "repdeploy_twobranch:forward", GROUP),
+        EntryPoint("absent", "no_such_module:FAMILY", GROUP),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: ours + theirs)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: ours + theirs if group == GROUP else real(group=group))
     monkeypatch.delitem(sys.modules, "repdeploy_twobranch", raising=False)
 
 
@@ -47,10 +49,10 @@ def test_a_broken_plugin_is_listed_and_the_others_work(outsider: None) -> None:
 
 
 def test_two_plugins_of_one_name_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = next(iter(registry.entry_points(group=registry.GROUP)))
-    monkeypatch.setattr(registry, "entry_points", lambda group: [entry, entry])
+    entry = next(iter(plugins.entry_points(group=GROUP)))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [entry, entry])
     with pytest.raises(UsageError, match="two distributions provide the family"):
-        registry.installed()
+        registry.FAMILIES.installed()
 
 
 def test_an_outsiders_family_goes_all_the_way(outsider: None, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def kernels(path: Path) -> Iterator[tuple[set[str], Tensor, Tensor]]:
 def test_where_an_exporter_folded_norms_in_float32_both_roads_agree_to_that(tmp_path: Path) -> None:
     network = repvgg().eval()
     wanted = list(kernels(save(network, tmp_path / "a.pth")))
-    model = ir.from_proto(_exported(network, torch.randn(2, 3, 65, 63), dynamic=False, optimize=True))
+    model = ir.from_proto(_exported(network, torch.randn(2, 3, 65, 63), {}, optimize=True))
     regions = squeeze(model).regions
     assert len(regions) == len(wanted)
     for item, (keys, weight, bias) in zip(regions, wanted, strict=True):

@@ -11,7 +11,9 @@ from repdeploy_cli import options
 def bench(
     subject: Annotated[
         Path | None,
-        typer.Argument(help="A bundle or an .onnx file; the newest bundle in this folder when left out.", show_default=False),
+        typer.Argument(
+            help="A bundle, an .onnx file or a .plan; the newest bundle in this folder when left out.", show_default=False
+        ),
     ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
     batch: Annotated[
@@ -28,6 +30,10 @@ def bench(
     runtime: Annotated[
         list[str] | None, typer.Option("--runtime", "-r", help="Only this runtime; repeatable.", show_default=False)
     ] = None,
+    trust_engine: Annotated[
+        bool,
+        typer.Option("--trust-engine", help="Load a plan that no manifest vouches for: that can run its author's code."),
+    ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -41,6 +47,6 @@ def bench(
 
         result = pipeline.bench(
             taken, device=device, batch=batch, input_shape=input_shape, threads=threads, seconds=seconds,
-            runtime=runtime or (), progress=report,
+            runtime=runtime or (), trust_engine=trust_engine, progress=report,
         )  # fmt: skip
     show_bench(result)

@@ -1,0 +1,113 @@
+"""OpenVINO on the CPU (oneDNN kernels). Its precision is pinned: by itself it computes in bfloat16 where the processor can."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from repdeploy.errors import BackendFailed, words
+from repdeploy.runtimes.interface import ONNX, Feeds, Job, Missing
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+"""What OpenVINO calls the precisions it may be asked for."""
+
+
+def missing() -> Missing | None:
+    if importlib.util.find_spec("openvino") is None:
+        return Missing("OpenVINO is not installed", "pip install repdeploy[openvino]")
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVinoCpu:
+    name: str = "openvino"
+    device: str = "cpu"
+    precision: str = "float32"
+    needs: str = ONNX
+
+    def missing(self) -> Missing | None:
+        return missing()
+
+    @contextmanager
+    def open(self, job: Job) -> Iterator[OpenVinoSession]:
+        if job.onnx is None:
+            raise BackendFailed("OpenVINO needs an ONNX file")
+        yield OpenVinoSession(job.onnx(), precision=self.precision, threads=job.threads)
+
+
+CPU = OpenVinoCpu()
+
+
+class OpenVinoSession:
+    """An ONNX or IR file, compiled. `precision`: None leaves it to the platform; `self.precision` says what it is then.
+
+    Raises BackendFailed where OpenVINO does not take the file or the image. Nothing here uses its telemetry: models are read by
+    the core, not by its converter.
+    """
+
+    def __init__(self, path: Path, *, precision: str | None = "float32", threads: int = 0) -> None:
+        import openvino
+
+        config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if threads:
+            config |= {"INFERENCE_NUM_THREADS": threads}
+        if precision is not None:
+            config |= {"INFERENCE_PRECISION_HINT": HINTS[precision]}
+        try:
+            core = openvino.Core()
+            self._compiled: Any = core.compile_model(core.read_model(path), "CPU", config)
+            self._request: Any = self._compiled.create_infer_request()
+        except Exception as reason:  # its errors have no base of their own
+            raise BackendFailed(f"OpenVINO does not load {path.name}: {words(reason)}") from reason
+        hint = self._compiled.get_property("INFERENCE_PRECISION_HINT")
+        self.precision = str(hint.to_string() if hasattr(hint, "to_string") else hint).replace("f32", "float32")
+        self.precision = {"bf16": "bfloat16", "f16": "float16"}.get(self.precision, self.precision)
+        ports = (*self._compiled.inputs, *self._compiled.outputs)
+        self._types = {port.get_any_name(): _array_type(port.get_element_type()) for port in ports}
+        self._inputs = [port.get_any_name() for port in self._compiled.inputs]
+        self._outputs = [port.get_any_name() for port in self._compiled.outputs]
+
+    def run_all(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name."""
+        try:
+            self._request.infer(self._tensors(feeds))
+            return {name: self._request.get_tensor(name).data.view(self._types[name]).copy() for name in self._outputs}
+        except Exception as reason:
+            shapes = ", ".join(str(array.shape) for array in feeds.values())
+            raise BackendFailed(f"OpenVINO failed on an image of {shapes}: {words(reason)}") from reason
+
+    def timer(self, x: Feeds | np.ndarray) -> Callable[[], float]:
+        typed = self._tensors(x if isinstance(x, dict) else {self._inputs[0]: x})
+
+        def once() -> float:
+            start = time.perf_counter()
+            self._request.infer(typed)
+            return time.perf_counter() - start
+
+        return once
+
+    def _tensors(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        import openvino
+
+        made = {}
+        for name, array in feeds.items():
+            typed = np.ascontiguousarray(array, self._types[name])
+            if typed.dtype == BFLOAT16:  # which numpy, and so OpenVINO, knows as two bytes only
+                made[name] = openvino.Tensor(typed.view(np.uint16), list(typed.shape), openvino.Type.bf16)
+            else:
+                made[name] = typed
+        return made
+
+
+def _array_type(element: Any) -> np.dtype:
+    found: np.dtype = BFLOAT16 if element.get_type_name() == "bf16" else np.dtype(element.to_dtype())
+    return found
