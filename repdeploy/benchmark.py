@@ -78,7 +78,7 @@ def bench(
         looked_for = "; ".join(dict.fromkeys(f"{row.runtime}: {row.missing}" for row in rows))
         hint = next((row.hint for row in rows if row.hint), "")
         if any(row.missing.startswith("failed") for row in rows):
-            raise BackendFailed(f"no runtime could run this network on {device}: {looked_for}")
+            raise BackendFailed(f"no runtime could run this network on {device}: {looked_for}", hint=hint)
         raise BackendMissing(
             f"nothing here runs on {device}: {looked_for}", hint=f"{hint}; or measure with --device cpu" if hint else ""
         )
@@ -146,7 +146,7 @@ def _in_child(
     runtime: Runtime, request: dict[str, Any], progress: Progress, done: int, total: int, named: bool
 ) -> list[BenchRow]:
     rows: list[BenchRow] = []
-    failure = ""
+    failure = hint = ""
     with subprocess.Popen(
         [sys.executable, "-m", "repdeploy.benchmark_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -165,14 +165,14 @@ def _in_child(
                 rows.append(row_from_json(answer["row"]))
                 progress(f"measuring {runtime.name} on {runtime.device}", done + len(rows), total)
             else:
-                failure = answer["error"]
+                failure, hint = answer["error"], answer.get("hint", "")
         said = child.stderr.read().strip().splitlines()
     if child.returncode != 0:
         failure = failure or (said[-1] if said else f"exit status {child.returncode}")
         if named:
-            raise BackendFailed(f"{runtime.name} on {runtime.device} failed: {failure}")
+            raise BackendFailed(f"{runtime.name} on {runtime.device} failed: {failure}", hint=hint)
         missing = request["batches"][len(rows) :]
-        rows += [BenchRow(runtime.name, runtime.device, batch, missing=f"failed: {failure}") for batch in missing]
+        rows += [BenchRow(runtime.name, runtime.device, batch, missing=f"failed: {failure}", hint=hint) for batch in missing]
     return rows
 
 

@@ -216,6 +216,7 @@ def export(
     softmax: bool = False,
     io_dtype: Precision = "fp32",
     keep_fp32: Sequence[str] = (),
+    sample: PathLike | None = None,
     batches: tuple[int, int, int] | None = None,
     timing_cache: PathLike | None = None,
     workspace: int | None = None,
@@ -229,7 +230,8 @@ def export(
     """Write the artifacts of a bundle, ONNX by default, and prove each against the float64 reference.
 
     `to`: exporters by name, of which `trt`, `openvino` and `torch` are short forms. `precision`: of the graph itself, with
-    `keep_fp32` (operators, layers, regular expressions) and what float16 cannot hold left in float32. `dynamic`: the axes that
+    `keep_fp32` (operators, layers, regular expressions) and what float16 cannot hold left in float32; `sample` (.npz, array
+    `input`): images that show what that is, beside the gates' own. `dynamic`: the axes that
     stay open. `fold`: squeeze what the blocks leave (norms, scales) where that is exact. `fold_normalize`: means, then
     deviations, that the graph applies to its image. What follows `batches` (smallest, optimal, largest) is TensorRT's.
     What a target lacks on this machine is in the answer (`missing`), with all that another machine needs written.
@@ -272,6 +274,7 @@ def export(
         softmax=softmax,
         io=io_dtype,
         keep=_several(keep_fp32),
+        sample=Path(sample) if sample is not None else None,
         engine=engine,
     )
     shape = parse_shape(input_shape)
@@ -297,6 +300,7 @@ def export(
         softmax=softmax or None,
         io_dtype=None if io_dtype == "fp32" else io_dtype,
         keep_fp32=_several(keep_fp32),
+        sample=None if sample is None else Path(sample).name,
         min=smallest,
         opt=optimal,
         max=largest,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from repdeploy.digest import digest
 from repdeploy.errors import UsageError
 from repdeploy.records import Dynamic, Precision
 
@@ -89,7 +90,7 @@ class EngineOptions:
 @dataclass(frozen=True, slots=True)
 class Options:
     """One export. `targets`: exporters beside ONNX, by name; `io`: the type of inputs and outputs; `keep`: what stays in
-    float32. Raises UsageError for what contradicts itself."""
+    float32; `sample`: images for the overflow guard. Raises UsageError for what contradicts itself."""
 
     targets: tuple[str, ...] = ()
     precision: Precision = "fp32"
@@ -102,6 +103,7 @@ class Options:
     softmax: bool = False
     io: Precision = "fp32"
     keep: tuple[str, ...] = ()
+    sample: Path | None = None
     engine: EngineOptions = EngineOptions()
 
     def __post_init__(self) -> None:
@@ -122,6 +124,8 @@ class Options:
             )
         if self.keep and self.precision == "fp32":
             raise UsageError("--keep-fp32 goes with --precision fp16 or bf16: everything is float32 already")
+        if self.sample is not None and self.precision != "fp16":
+            raise UsageError("--sample goes with --precision fp16: it shows what float16 cannot hold")
         if self.input_name is not None and not self.input_name.strip():
             raise UsageError("--input-name: the name is empty")
 
@@ -148,5 +152,6 @@ class Options:
             "opset": self.opset, "no_fold": not self.fold, "simplify": self.simplify, "input_name": self.input_name,
             "fold_normalize": self.normalize, "softmax": self.softmax, "io_dtype": None if self.io == "fp32" else self.io,
             "keep_fp32": " ".join(self.keep) or None,
+            "sample": digest(self.sample) if self.sample is not None and self.sample.is_file() else None,
         }  # fmt: skip
         return {name: str(value) for name, value in found.items() if value not in (None, False)}

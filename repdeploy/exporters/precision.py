@@ -43,8 +43,9 @@ def write_proved(
     options: Options,
     provenance: Mapping[str, str],
     progress: Progress,
+    sample: Sequence[Case] = (),
 ) -> Proved:
-    """Write a float32 graph as `options` ask, and hold it against the references.
+    """Write a float32 graph as `options` ask, and hold it against the references. `sample`: more inputs for the guard.
 
     A graph in reduced precision that misses its budget is written again with the costliest layers in float32.
     Raises VerificationFailed where it is not the proved network, BackendFailed where the graph is not valid.
@@ -59,7 +60,7 @@ def write_proved(
     found: dict[str, str] = {}
     if options.precision == "fp16":
         progress("looking for what float16 cannot hold", 1, 3)
-        found |= too_wide_for_half(model, [case.feeds for case in cases])
+        found |= too_wide_for_half(model, [case.feeds for case in (*cases, *sample)])
     to, costs, kept = casting.PRECISIONS[options.precision], None, 0
     while True:
         done = casting.narrowed(model, to, casting.Keep(options.keep, found), narrow_ends=options.io != "fp32")

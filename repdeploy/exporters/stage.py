@@ -21,6 +21,7 @@ from repdeploy.exporters.interface import Case, Exporter, Source, Written
 from repdeploy.exporters.judging import renamed
 from repdeploy.exporters.options import BATCHES, Options
 from repdeploy.exporters.precision import Proved, require_passed, write_proved
+from repdeploy.exporters.sample import sample_images
 from repdeploy.exporters.subject import Subject, subject_of
 from repdeploy.family import Family
 from repdeploy.graph.onnx_source import DATA_SUFFIX
@@ -96,6 +97,7 @@ def _write_onnx(
     model = ir.from_proto(subject.graph(options))
     ends.finished(model, options)
     cases = ends.cases_with_ends(references, subject.image, subject.output, options)
+    sample = _sample(subject, options)
     proto = ir.to_proto(model)
     notes: tuple[str, ...] = ()
     if options.fold and (bundle.manifest.graph is None or options.normalize is not None):
@@ -106,10 +108,10 @@ def _write_onnx(
     with _scratch(folder, name) as scratch:
         path = scratch / name
         if options.simplify:
-            proved, note = _simplified(proto, path, cases, options, provenance, progress)
+            proved, note = _simplified(proto, path, cases, options, provenance, progress, sample)
             notes += (note,)
         else:
-            proved = write_proved(proto, path, cases, options, provenance, progress)
+            proved = write_proved(proto, path, cases, options, provenance, progress, sample)
         _into(folder, scratch, (name, *proved.others))
     before = bundle.manifest.artifact(name) if folder == bundle.path else None
     for stale in {item for item, _ in before.others} - set(proved.others) if before is not None else ():
@@ -124,6 +126,15 @@ def _write_onnx(
     )  # fmt: skip
 
 
+def _sample(subject: Subject, options: Options) -> tuple[Case, ...]:
+    """The user's own images as the graph takes them; nobody recorded what they lead to."""
+    if options.sample is None:
+        return ()
+    images = sample_images(options.sample, subject.shape)
+    cases = [Case("sample", {subject.image: batch}, {}) for batch in images]
+    return ends.cases_with_ends(cases, subject.image, subject.output, replace(options, softmax=False))
+
+
 def _simplified(
     proto: onnx.ModelProto,
     path: Path,
@@ -131,13 +142,14 @@ def _simplified(
     options: Options,
     provenance: Mapping[str, str],
     progress: Progress,
+    sample: Sequence[Case],
 ) -> tuple[Proved, str]:
     """What onnxsim makes of a graph where it is still the proved network, else the graph as it was; and which of them."""
     try:
         simple = simplifying.simplified(proto)
-        proved = write_proved(simple, path, cases, options, provenance, progress)
+        proved = write_proved(simple, path, cases, options, provenance, progress, sample)
     except (BackendFailed, VerificationFailed) as reason:
-        proved = write_proved(proto, path, cases, options, provenance, progress)
+        proved = write_proved(proto, path, cases, options, provenance, progress, sample)
         return proved, f"what onnxsim made was not taken: {reason}; the graph is written as it was"
     return proved, f"onnxsim: {len(proto.graph.node)} nodes -> {len(simple.graph.node)}, verified again"
 

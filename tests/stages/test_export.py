@@ -840,3 +840,19 @@ def test_a_graph_has_other_targets_too(tmp_path: Path, target: str) -> None:
     assert artifact.kind == target
     assert all(check.passed for check in artifact.checks)
     assert repdeploy.verify(bundle).passed
+
+
+def test_images_of_ones_own_show_what_overflows(bundle: Path, tmp_path: Path) -> None:
+    """Images a thousand times as large as the gates' lead beyond float16, which nothing else would show."""
+    assert not [layer for layer in only(repdeploy.export(bundle, precision="fp16")).wide if "65504" in layer.reason]
+    np.savez(tmp_path / "sample.npz", input=images() * 1e5)
+    artifact = only(repdeploy.export(bundle, precision="fp16", sample=tmp_path / "sample.npz", fold_normalize="0.5,0.25"))
+    assert [layer for layer in artifact.wide if "on the sample data; float16 ends at 65504" in layer.reason]
+    with pytest.raises(UsageError, match="--sample goes with"):
+        repdeploy.export(bundle, sample=tmp_path / "sample.npz")
+    with pytest.raises(UsageError, match="there is no file"):
+        repdeploy.export(bundle, precision="fp16", sample=tmp_path / "none.npz")
+    for wrong in ({"x": images()}, {"input": images()[:, :1]}, {"input": images() * np.nan}):
+        np.savez(tmp_path / "wrong.npz", **wrong)
+        with pytest.raises(InputError, match="--sample"):
+            repdeploy.export(bundle, precision="fp16", sample=tmp_path / "wrong.npz")

@@ -56,6 +56,10 @@ def export(
             show_default=False,
         ),
     ] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(help="fp16: .npz with images (input) that show what float16 cannot hold.", show_default=False),
+    ] = None,
     smallest: Annotated[int | None, typer.Option("--min", help="TensorRT: smallest batch (1).", show_default=False)] = None,
     optimal: Annotated[int | None, typer.Option("--opt", help="TensorRT: batch to tune for (4).", show_default=False)] = None,
     largest: Annotated[int | None, typer.Option("--max", help="TensorRT: largest batch (16).", show_default=False)] = None,
@@ -108,6 +112,7 @@ def export(
             softmax=softmax,
             io_dtype=io_dtype,
             keep_fp32=keep_fp32 or (),
+            sample=sample,
             batches=pipeline.profile(smallest, optimal, largest),
             timing_cache=timing_cache,
             workspace=workspace,
