@@ -29,7 +29,7 @@ BUSY = 0.5
 
 def bench(
     subject: Path,
-    image: tuple[int, int, int],
+    image: tuple[int, ...],
     *,
     device: str,
     batches: Sequence[int],

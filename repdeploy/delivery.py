@@ -149,7 +149,11 @@ def _keep_artifacts(target: Path, folder: Path, existing: Manifest, manifest: Ma
             for name in (artifact.file, *(other for other, _ in artifact.others)):
                 (target / name).rename(folder / name)
             manifest = manifest.with_artifact(artifact)
-    old, new = Bundle(target).references(), Bundle.references_in(folder)
+    try:
+        old = Bundle(target).references()
+    except InputError:  # damaged, which converting again is the remedy for
+        old = {}
+    new = Bundle.references_in(folder)
     needed = {artifact.input_shape[1:] for artifact in manifest.artifacts} - set(new)
     if needed & set(old):
         save_references(folder / REFERENCES, new | {image: old[image] for image in needed & set(old)})

@@ -16,6 +16,7 @@ from repdeploy.bundle import REFERENCES, SOURCE, save_graph_references
 from repdeploy.delivery import Request, deliver, recorded
 from repdeploy.digest import Digest, digest
 from repdeploy.errors import BackendFailed, InputError
+from repdeploy.exporters.judging import REDUCED, precision_of
 from repdeploy.graph.interpreter import RANDOM
 from repdeploy.graph.model_proof import PRECISIONS, exact_outputs, prove_model, runnable
 from repdeploy.graph.onnx_source import OnnxSource, read_onnx, write_model
@@ -83,7 +84,8 @@ def convert_graph(
 
     def fill(folder: Path) -> Manifest:
         source.copy_to(folder / SOURCE)
-        model = folder / f"model.{_precision(done)}.onnx"
+        precision = _precision(squeezed, done)
+        model = folder / f"model.{precision}.onnx"
         for key, value in (("source", origin.source.file), ("source_sha256", origin.source.sha256)):
             squeezed.metadata_props[f"repdeploy.{key}"] = value
         progress("writing and reading back", 0, 1)
@@ -113,7 +115,7 @@ def convert_graph(
         manifest = replace(manifest, weights_sha256=digest(model))
         verdict = Verdict(all(check.passed for check in checks), grade, tuple(checks))
         artifact = Artifact(
-            file=model.name, kind="onnx", precision=_precision(done), sha256=manifest.weights_sha256,
+            file=model.name, kind="onnx", precision=precision, sha256=manifest.weights_sha256,
             bytes=model.stat().st_size, made_from=manifest.weights_sha256, command=request.command,
             input_shape=plan.shapes[plan.image], opset=source.opset, dynamic=("batch",) if plan.open_batch else (),
             checks=tuple(check for check in checks if check.gate == "rounding"),
@@ -238,7 +240,10 @@ def _kept(item: Kept) -> KeptNode:
     return KeptNode(item.node.name or "", item.node.op_type, item.reason, *flops)
 
 
-def _precision(done: Squeezed) -> str:
+def _precision(model: ir.Model, done: Squeezed) -> str:
+    """Of a squeezed graph: its lowest one; not every exporter writes down the types of what is computed."""
+    if (reduced := precision_of(model)) in REDUCED:
+        return reduced
     kinds = Counter(item.region.output.dtype or ir.DataType.FLOAT for item in done.regions)
     return PRECISIONS.get(kinds.most_common(1)[0][0], "fp32")
 

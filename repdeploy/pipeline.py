@@ -261,7 +261,7 @@ def export(
     if engine != EngineOptions() and "tensorrt" not in targets:
         flag = next(iter(engine.changed), "timing_cache").replace("_", "-")
         flag = "--min, --opt, --max" if flag == "batches" else f"--{flag}"
-        raise UsageError(f"{flag} is for TensorRT engines", hint="give --trt as well, or leave it out")
+        raise UsageError(f"{flag}: only TensorRT engines are built with that", hint="give --trt as well, or leave it out")
     options = Options(
         targets=targets,
         precision=precision,
@@ -344,7 +344,7 @@ def bench(
     Raises UsageError, BackendMissing when nothing on that device can run, BackendFailed when a named runtime crashes.
     """
     _one_of("--device", device, ("cpu", "cuda"))
-    if (batch is not None and (not batch or min(batch) < 1)) or seconds <= 0 or (threads is not None and threads < 1):
+    if (batch is not None and (not batch or min(batch) < 1)) or not seconds > 0 or (threads is not None and threads < 1):
         raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
     shape = parse_shape(input_shape)
     from repdeploy import benchmark
@@ -383,10 +383,9 @@ def bench(
 
             require_network(opened)
             check_image(opened, registry.families(), taken)
-    _, channels, height, width = taken
     result = benchmark.bench(
         path,
-        (channels, height, width),
+        taken[1:],
         device=device,
         batches=tuple(dict.fromkeys(batch or ((own_batch,) if own_batch else USUAL_BATCHES))),
         threads=threads or os.cpu_count() or 1,

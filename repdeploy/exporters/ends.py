@@ -13,17 +13,21 @@ from repdeploy.exporters.options import Normalization, Options
 
 MEAN, DEVIATION = "normalize.mean", "normalize.deviation"
 SOFTMAX = "softmax"
+IMAGE_RANK = 4
 
 
-def finished(model: ir.Model, options: Options) -> None:
-    """Put the ends that were asked for onto a graph, in place. Raises InputError where it has no such end, UsageError for a
-    name that is taken."""
+def finished(model: ir.Model, options: Options, image: str) -> None:
+    """Put the ends that were asked for onto a graph, in place; `image`: the input that they are about.
+
+    Raises InputError where the graph has no such end, UsageError for a name that is taken.
+    """
+    value = next(item for item in model.graph.inputs if item.name == image)
     if options.normalize is not None:
-        _normalize(model, options.normalize)
+        _normalize(model, value, options.normalize)
     if options.softmax:
         _softmax(model)
     if options.input_name is not None:
-        _rename(model, options.input_name)
+        _rename(model, value, options.input_name)
 
 
 def cases_with_ends(cases: Sequence[Case], image: str, output: str, options: Options) -> tuple[Case, ...]:
@@ -63,9 +67,14 @@ def normalization_note(model: ir.Model, options: Options) -> str:
     )
 
 
-def _normalize(model: ir.Model, normalization: Normalization) -> None:
+def _normalize(model: ir.Model, image: ir.Value, normalization: Normalization) -> None:
     graph = model.graph
-    image = image_input(graph)
+    if image.shape is None or len(image.shape) != IMAGE_RANK or image.dtype != ir.DataType.FLOAT:
+        kind = image.dtype.name.lower() if image.dtype is not None else "?"
+        raise InputError(
+            f"--fold-normalize: {image.name} is no image in float32 (BATCHxCHANNELSxHEIGHTxWIDTH), but {kind} {image.shape}",
+            hint="leave it out",
+        )
     channels = image.shape[1] if image.shape is not None else None
     if len(normalization.mean) > 1 and channels != len(normalization.mean):
         raise UsageError(
@@ -97,7 +106,7 @@ def _softmax(model: ir.Model) -> None:
     if len(graph.outputs) > 1 or value.shape is None or len(value.shape) != 2 or value.dtype != ir.DataType.FLOAT:
         shown = "x".join(map(str, value.shape)) if value.shape is not None else "of unknown shape"
         raise InputError(
-            f"--softmax: the graph has {len(graph.outputs)} outputs, the first is {shown}; expected one, BATCHxCLASSES",
+            f"--softmax: outputs of this graph: {len(graph.outputs)}, the first is {shown}; expected one, BATCHxCLASSES",
             hint="leave --softmax out",
         )
     name = value.name or "output"
@@ -108,9 +117,8 @@ def _softmax(model: ir.Model) -> None:
     graph.outputs[0] = outer
 
 
-def _rename(model: ir.Model, name: str) -> None:
+def _rename(model: ir.Model, image: ir.Value, name: str) -> None:
     graph = model.graph
-    image = image_input(graph)
     taken = {value.name for node in graph for value in node.outputs} | set(graph.initializers) | {v.name for v in graph.inputs}
     if name in taken - {image.name}:
         raise UsageError(f"--input-name {name}: another value of the graph is called so", hint="choose another name")
@@ -119,16 +127,6 @@ def _rename(model: ir.Model, name: str) -> None:
             "--input-name: the image is an output of this graph too, and would be renamed there", hint="leave it out"
         )
     image.name = name
-
-
-def image_input(graph: ir.Graph) -> ir.Value:
-    """The input that is an image. Raises InputError where there is none."""
-    images = [value for value in graph.inputs if value.shape is not None and len(value.shape) == 4]
-    if not images:
-        raise InputError(
-            "this graph takes no image (BATCHxCHANNELSxHEIGHTxWIDTH)", hint="leave the options about its input out"
-        )
-    return images[0]
 
 
 def _per_channel(values: Sequence[float]) -> np.ndarray:

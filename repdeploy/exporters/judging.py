@@ -95,7 +95,7 @@ def _numpy(dtype: ir.DataType | None, array: np.ndarray) -> np.dtype:
 def _tensor(found: np.ndarray | Tensor | None) -> Tensor:
     if found is None:
         return torch.zeros(0)
-    return found if isinstance(found, Tensor) else torch.from_numpy(np.ascontiguousarray(found, widest(found)))
+    return found if isinstance(found, Tensor) else torch.from_numpy(np.array(found, widest(found)))
 
 
 def widest(array: np.ndarray) -> np.dtype:
@@ -121,9 +121,10 @@ def describe(check: Check) -> str:
 
 def require_float(model: ir.Model) -> None:
     """Raises InputError where a graph is not in float32 and cannot be cast from there."""
-    floats = {value.dtype for value in model.graph.inputs if value.dtype is not None and value.dtype.is_floating_point()}
+    values = (*model.graph.inputs, *model.graph.initializers.values())
+    floats = {value.dtype for value in values if value.dtype is not None and value.dtype.is_floating_point()}
     if floats - {ir.DataType.FLOAT}:
         raise InputError(
-            f"this graph is in {', '.join(sorted(item.name.lower() for item in floats))}; only float32 is cast from",
-            hint="export it without --precision: its types are in the graph already",
+            f"this graph is in {' and '.join(sorted(item.name.lower() for item in floats))}; only float32 graphs are changed",
+            hint="export it as it is, to any target, or convert the model in float32",
         )

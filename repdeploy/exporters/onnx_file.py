@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,12 @@ def exported(
     if opset is None or opset >= OLDEST_OF_TORCH:
         model = _exported(network, example, axes, opset=opset, names=([INPUT], [OUTPUT]))
     else:
-        model = _traced(network, example, axes, ([INPUT], [OUTPUT]), opset=opset)
+        try:
+            model = _traced(network, example, axes, ([INPUT], [OUTPUT]), opset=opset)
+        except BackendFailed as reason:
+            raise BackendFailed(
+                f"this network could not be written in opset {opset}: {reason}", hint="give a newer --opset, or leave it out"
+            ) from reason
     if opset is not None and opset_of(model) != opset:
         raise BackendFailed(
             f"torch.onnx.export was asked for opset {opset} and wrote {opset_of(model)}",
@@ -198,7 +205,8 @@ def _traced(
     buffer = io.BytesIO()
 
     def export() -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+            stack.enter_context(_without_stdout())
             if as_trained:  # a branch that depends on the image would be frozen into the graph; skeletons have none
                 warnings.simplefilter("error", TracerWarning)
             _trace()
@@ -294,6 +302,20 @@ def _name_layers(model: onnx.ModelProto) -> None:
             name = owner.removesuffix(".weight")
             named[name] = named.get(name, 0) + 1  # layers with equal weights share their tensors
             node.name = name if named[name] == 1 else f"{name}.{named[name]}"
+
+
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """The TorchScript exporter prints graphs from C++, past Python's standard output, where a JSON document may be expected."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager

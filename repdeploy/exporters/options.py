@@ -13,6 +13,8 @@ from repdeploy.records import Dynamic, Precision
 OLDEST_OPSET, NEWEST_OPSET = 11, 23
 BF16_OPSET = 22
 """Since when ONNX has convolutions in bfloat16."""
+LEAST_DEVIATION, MOST_DEVIATIONS = 1e-6, 1e3
+"""Of a normalisation: how small a deviation may be, and how many of them the mean may be away from zero."""
 BATCHES = (1, 4, 16)
 """Smallest, optimal and largest batch of a dynamic engine, where nothing else is said."""
 NAMED_NORMALIZATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -38,10 +40,20 @@ class Normalization:
         except ValueError:
             numbers = []
         half = len(numbers) // 2
-        if not numbers or len(numbers) % 2 or min(numbers[half:]) <= 0 or not all(abs(item) < 1e9 for item in numbers):
+        if (
+            not numbers
+            or len(numbers) % 2
+            or min(numbers[half:]) < LEAST_DEVIATION
+            or not all(abs(item) < 1e9 for item in numbers)
+        ):
             raise UsageError(
                 f"--fold-normalize {text}: expected as many means as deviations, and deviations above zero",
                 hint="for example 0.485,0.456,0.406,0.229,0.224,0.225 (means, then deviations), 127.5,127.5, or imagenet",
+            )
+        if max(abs(mean) / std for mean, std in zip(numbers[:half], numbers[half:], strict=True)) > MOST_DEVIATIONS:
+            raise UsageError(
+                f"--fold-normalize {text}: a mean is over {MOST_DEVIATIONS:g} deviations from zero, which float32 images blur",
+                hint="check the order: means first, then deviations",
             )
         return cls(tuple(numbers[:half]), tuple(numbers[half:]))
 
@@ -151,7 +163,7 @@ class Options:
         found = {
             "opset": self.opset, "no_fold": not self.fold, "simplify": self.simplify, "input_name": self.input_name,
             "fold_normalize": self.normalize, "softmax": self.softmax, "io_dtype": None if self.io == "fp32" else self.io,
-            "keep_fp32": " ".join(self.keep) or None,
+            "keep_fp32": " | ".join(self.keep) or None,
             "sample": digest(self.sample) if self.sample is not None and self.sample.is_file() else None,
         }  # fmt: skip
         return {name: str(value) for name, value in found.items() if value not in (None, False)}

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from repdeploy.bundle import PARTIAL, Bundle, replacing
+from repdeploy.bundle import MANIFEST, PARTIAL, Bundle, replacing
 from repdeploy.digest import digest
 from repdeploy.errors import BackendFailed, InputError, UsageError, VerificationFailed
 from repdeploy.exporters import ends, onnx_file, registry, simplifying
@@ -57,6 +57,8 @@ def export(
         usual = _file_name(bundle, options)
         name = usual if output is None else output.name
         progress("exporting ONNX", 0, 3)
+        if targets or bundle.manifest.graph is None or usual != bundle.own_artifact().file:
+            _require_references(bundle, subject, progress)
         written = _current(bundle, usual, subject, options)
         reused = (name,) if written is not None and output is None else ()
         if output is not None and written is not None:
@@ -79,6 +81,11 @@ def _may_write(output: Path) -> None:
     """Raises UsageError where a file of somebody else stands, or no folder."""
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}", hint="make it first, or give another -o")
+    if output.suffix != ".onnx" or (output.parent / MANIFEST).is_file():
+        raise UsageError(
+            f"-o {output}: expected a name that ends in .onnx, outside a bundle",
+            hint="leave -o out to write into the bundle",
+        )
     for path in (output, output.with_name(output.name + DATA_SUFFIX)):
         if path.is_dir() or (path.exists() and not (output.is_file() and onnx_file.is_ours(output))):
             raise UsageError(f"{path} exists and is no export of ours; it is left as it is", hint="give another name with -o")
@@ -89,13 +96,8 @@ def _write_onnx(
 ) -> Artifact:
     """The graph with everything that was asked for, checked under its final name and then moved into place."""
     references = subject.cases(progress)
-    if not references:
-        raise InputError(
-            "nothing was recorded that an export could be judged by: this bundle was converted with --gates blocks",
-            hint="convert again without --gates blocks",
-        )
     model = ir.from_proto(subject.graph(options))
-    ends.finished(model, options)
+    ends.finished(model, options, subject.image)
     cases = ends.cases_with_ends(references, subject.image, subject.output, options)
     sample = _sample(subject, options)
     proto = ir.to_proto(model)
@@ -124,6 +126,17 @@ def _write_onnx(
         others=tuple((item, digest(folder / item)) for item in proved.others), wide=proved.wide, drift=proved.drift,
         notes=(*notes, *proved.notes),
     )  # fmt: skip
+
+
+def _require_references(bundle: Bundle, subject: Subject, progress: Progress) -> None:
+    """Raises InputError where nothing was recorded that an export could be judged by."""
+    if subject.cases(progress):
+        return
+    if bundle.manifest.verdict.grade == "blocks only":
+        reason, hint = "it was converted with --gates blocks", "convert again without --gates blocks"
+    else:
+        reason, hint = "an operator of its graph runs in onnxruntime alone", "use the graph as it is"
+    raise InputError(f"{bundle.path} recorded nothing that an export could be judged by: {reason}", hint=hint)
 
 
 def _sample(subject: Subject, options: Options) -> tuple[Case, ...]:
@@ -229,9 +242,11 @@ def _replaced(bundle: Bundle, name: str) -> tuple[str, ...]:
     if old is None or old.made_from == old.sha256:
         return ()
     made = [item.file for item in bundle.manifest.artifacts if item.made_from == old.sha256]
-    how = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in old.options.items())
+    how = " ".join(
+        f"--{key.replace('_', '-')}" + (f" {value}" if value != "True" else "") for key, value in old.options.items()
+    )
     shape = "x".join(map(str, old.input_shape))
-    still = f"; {', '.join(made)} was made from that one and stays as it is" if made else ""
+    still = f"; what was made from that one stays as it is: {', '.join(made)}" if made else ""
     return (f"it takes the place of the {name} for {shape}{f' with {how}' if how else ''}{still}",)
 
 

@@ -176,10 +176,10 @@ class Squeezed(Subject):
                 f"this bundle was squeezed and proved at {'x'.join(map(str, self.shape))}",
                 hint="convert the graph again with that --input-shape",
             )
-        if options.dynamic == "spatial":
+        if options.dynamic == "spatial" or (options.dynamic == "none" and self.dynamic):
             raise InputError(
-                "--dynamic spatial: the axes of this bundle's graph are its own, and are left as they are",
-                hint="export the model with open image sizes, and convert that",
+                f"--dynamic {options.dynamic}: the axes of this bundle's graph are its own, and are left as they are",
+                hint="export the model with the axes you want, and convert that",
             )
         self.image, self.output = _ends_of(bundle)
 
@@ -269,8 +269,8 @@ def sets_of(inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray])
     return tuple(
         Case(
             f"set {index + 1} of {sets}",
-            {name: array[index] for name, array in inputs.items()},
-            {name: array[index] for name, array in outputs.items()},
+            {name: np.asarray(array[index]) for name, array in inputs.items()},
+            {name: np.asarray(array[index]) for name, array in outputs.items()},
         )
         for index in range(sets)
     )

@@ -6,6 +6,7 @@ was built is read back through the inspector, run, and held against the float64 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -151,7 +152,9 @@ def write_build_script(source: Source, precision: str) -> Path:
 def trtexec_line(onnx: str, shapes: Shapes, batches: Sequence[int], options: EngineOptions) -> str:
     """The same build with NVIDIA's own tool."""
     bounds = " ".join(
-        f"--{bound}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
+        shlex.quote(
+            f"--{bound}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
+        )
         for bound, batch in zip(("min", "opt", "max"), batches, strict=True)
     )
     flags = {

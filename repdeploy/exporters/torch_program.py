@@ -40,8 +40,9 @@ class TorchProgram(Exporter):
         return None  # torch is what all this runs on
 
     def write(self, source: Source, progress: Progress) -> Written:
-        if source.module is None or len(source.cases[0].feeds) != 1:
-            raise InputError("a .pt2 is written for networks of one image input", hint="leave --torch out")
+        feeds = source.cases[0].feeds
+        if source.module is None or len(feeds) != 1 or any(array.dtype.kind != "f" for array in feeds.values()):
+            raise InputError("a .pt2 is written for networks of one image in floating point", hint="leave --torch out")
         precision, dynamic = source.artifact.precision, source.artifact.dynamic
         network = WithEnds(source.module(), source.options, DTYPES[precision], DTYPES[source.options.io])
         _, *image = source.artifact.input_shape
@@ -51,18 +52,13 @@ class TorchProgram(Exporter):
         sizes = {axis: torch.export.Dim(axis) if axis == "batch" else torch.export.Dim.DYNAMIC for axis in dynamic}
         shapes = ({OPEN_AXES[axis]: size for axis, size in sizes.items()},) if dynamic else None
         path = source.scratch / f"model.{precision}.pt2"
-        try:
-            with warnings.catch_warnings(), torch.no_grad(), _sizes_of_one():
-                warnings.simplefilter("ignore")
-                program = torch.export.export(network.eval(), (example,), dynamic_shapes=shapes)
-                _strip(program)
-                torch.export.save(program, path)
-        except Exception as reason:  # torch.export raises whatever its many parts raise
-            raise BackendFailed(f"torch.export failed: {words(reason)}") from reason
+        program = _exported(network.eval(), example, shapes)
+        _strip(program)
+        torch.export.save(program, path)
         checks = tuple(_checks(path, precision, source.cases))
-        notes = (
-            () if precision == "fp32" else (f"{path.name} computes in {precision} throughout: it keeps no layer in float32",)
-        )
+        notes: tuple[str, ...] = () if "height" in dynamic else (f"{path.name} takes images of {'x'.join(map(str, image))}",)
+        if precision != "fp32":
+            notes += (f"{path.name} computes in {precision} throughout: it keeps no layer in float32",)
         return Written(path.name, precision, checks, notes=notes, target=f"torch {torch.__version__}")
 
     def check(self, path: Path, artifact: Artifact, cases: Sequence[Case]) -> list[Check]:
@@ -85,6 +81,22 @@ class WithEnds(nn.Module):
             x = (x.float() - self.get_buffer("mean")) / self.get_buffer("deviation")
         y: Tensor = self.network(x.to(self._dtype))
         return (y.float().softmax(1) if self._softmax else y).to(self._io)
+
+
+def _exported(network: nn.Module, example: Tensor, shapes: Any) -> Any:
+    """With sizes that may be 1 or without, whichever torch accepts: small images lead to maps of one pixel, while some networks
+    can only be read for more than one image. Raises BackendFailed with what torch said."""
+    reasons = []
+    ways = (nullcontext(), _sizes_of_one())
+    for sizes in reversed(ways) if shapes and len(shapes[0]) > 1 else ways:
+        try:
+            with warnings.catch_warnings(), torch.no_grad(), sizes:
+                warnings.simplefilter("ignore")
+                return torch.export.export(network, (example,), dynamic_shapes=shapes)
+        except Exception as reason:  # torch.export raises whatever its many parts raise
+            reasons.append(reason)
+    hint = "give --dynamic none, or leave --torch out" if shapes is not None else "leave --torch out"
+    raise BackendFailed(f"torch.export failed: {words(reasons[0], 160)}", hint=hint) from reasons[0]
 
 
 def _sizes_of_one() -> AbstractContextManager[None]:

@@ -27,6 +27,8 @@ NARROW = {
     "FLOAT16": "float16", "BFLOAT16": "bfloat16", "FLOAT8E4M3FN": "float8_e4m3fn", "FLOAT8E5M2": "float8_e5m2",
 }  # fmt: skip
 """Narrower types of ONNX that torch rounds to, by their names there."""
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32)
+"""Types that are quantised to here."""
 RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"})
 """Operators that mean something else at every run."""
 
@@ -299,6 +301,32 @@ def _concat_from_sequence(_: Interpreter, node: ir.Node, sequence: list[Tensor])
     return torch.stack(sequence, axis) if number(node, "new_axis", 0) else torch.cat(sequence, axis)
 
 
+def _quantize(self: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Any:
+    """onnx's reference has neither of the two before opset 19."""
+    stated = ir.DataType(int(number(node, "output_dtype", 0) or ir.DataType.UINT8))
+    kind = zero.dtype if zero is not None else torch.from_numpy(np.empty(0, stated.numpy())).dtype
+    if number(node, "block_size", 0) or kind not in WHOLE or not x.is_floating_point():
+        return NotImplemented
+    limits = torch.iinfo(kind)
+    shift = 0 if zero is None else _along(node, zero, x).to(x.dtype)
+    return (torch.round(x / _along(node, scale, x)) + shift).clamp(limits.min, limits.max).to(kind)
+
+
+def _dequantize(self: Interpreter, node: ir.Node, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Any:
+    if number(node, "block_size", 0) or x.dtype not in WHOLE:
+        return NotImplemented
+    shift = 0 if zero is None else _along(node, zero, x).to(self.dtype)
+    return (x.to(self.dtype) - shift) * _along(node, scale, x).to(self.dtype)
+
+
+def _along(node: ir.Node, values: Tensor, x: Tensor) -> Tensor:
+    """One value for all, or one per place of the axis."""
+    if values.numel() == 1:
+        return values.reshape(())
+    axis = int(number(node, "axis", 1)) % x.dim()
+    return values.reshape(-1, *(1,) * (x.dim() - axis - 1))
+
+
 def _plain(of: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, node, *inputs: of(*inputs)
 
@@ -348,6 +376,8 @@ _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Softmax": _softmax(torch.softmax),
     "LogSoftmax": _softmax(torch.log_softmax),
     "Dropout": _dropout,
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _dequantize,
     "Identity": _plain(lambda x: x),
     "Transpose": lambda _, node, x: x.permute(ints(node, "perm") or tuple(reversed(range(x.dim())))),
     "Flatten": lambda _, node, x: x.reshape(math.prod(x.shape[: int(number(node, "axis", 1))]), -1),

@@ -35,8 +35,11 @@ class GraphModule(nn.Module):
                 self.register_buffer(self._names[value], constant.float() if constant.is_floating_point() else constant)
 
     def forward(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        # in whatever it was cast to, as any module
+        dtype = next((item.dtype for item in self.buffers() if item.is_floating_point()), torch.float32)
+        self._interpreter.dtype = dtype
         constants = {value: self.get_buffer(name) for value, name in self._names.items()}
         fed = {value: feeds[value.name or ""] for value in self._graph.inputs}
-        inputs = {value: x.float() if x.is_floating_point() else x for value, x in fed.items()}
+        inputs = {value: x.to(dtype) if x.is_floating_point() else x for value, x in fed.items()}
         wanted = self._graph.outputs
         return evaluate(self._interpreter, self._order, {**constants, **inputs}, wanted)[wanted[0]]

@@ -24,7 +24,7 @@ Feeds = dict[str, np.ndarray]
 class Job:
     """One network to run: as a module where there is one, as an ONNX file where there is one."""
 
-    image: tuple[int, int, int]
+    image: tuple[int, ...]
     threads: int
     module: Callable[[], nn.Module] | None = None
     compiled: Mapping[str, Compiled] = field(default_factory=dict)

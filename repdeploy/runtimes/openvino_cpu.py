@@ -100,7 +100,7 @@ class OpenVinoSession:
 
         made = {}
         for name, array in feeds.items():
-            typed = np.ascontiguousarray(array, self._types[name])
+            typed = np.array(array, self._types[name], order="C")
             if typed.dtype == BFLOAT16:  # which numpy, and so OpenVINO, knows as two bytes only
                 made[name] = openvino.Tensor(typed.view(np.uint16), list(typed.shape), openvino.Type.bf16)
             else:

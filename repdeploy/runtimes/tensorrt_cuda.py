@@ -161,7 +161,7 @@ class EngineSession:
 
     def _bind(self, feeds: Mapping[str, np.ndarray]) -> None:
         for name in self.inputs:
-            array = np.ascontiguousarray(feeds[name], self.types[name])
+            array = np.array(feeds[name], self.types[name], order="C")
             if not self._context.set_input_shape(name, array.shape):
                 low, _, high = self.profile(name)
                 raise BackendFailed(

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from repdeploy.graph import interpreter
 from repdeploy.graph.interpreter import CannotInterpret, Interpreter, evaluate
+from repdeploy.graph.typed import TypedGraph
 from tests.graph.onnx_graphs import Writer, run_onnxruntime, run_whole
 
 AGREES = 1e-5
@@ -362,3 +363,25 @@ def test_values_are_computed_in_order_and_only_the_wanted_ones_stay() -> None:
     second = ir.node("Add", [first.outputs[0], first.outputs[0]])
     found = evaluate(Interpreter(17), [first, second], {x: torch.tensor(-1.5)}, [second.outputs[0], x])
     assert {value: float(tensor) for value, tensor in found.items()} == {second.outputs[0]: 3.0, x: -1.5}
+
+
+@pytest.mark.parametrize("opset", [13, 18, 21])
+@pytest.mark.parametrize(("kind", "axis"), [(np.int8, None), (np.uint8, 1), (np.int8, 0)])
+def test_quantised_values_are_onnxruntimes(opset: int, kind: type, axis: int | None) -> None:
+    """Both operators, per tensor and per axis; onnx's own reference begins at opset 19."""
+    rng = np.random.default_rng(0)
+    count = 1 if axis is None else (3, 4)[axis]
+    scale = np.float32(rng.uniform(0.02, 0.1, count) if axis is not None else 0.05)
+    zero = rng.integers(0, 9, count).astype(kind) if axis is not None else np.array(3, kind)
+    options = {} if axis is None else {"axis": axis}
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **options),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **options),
+    ]
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [3, 4, 5]) for name in "xy"]
+    stored = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in (("s", scale), ("z", zero))]
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], stored)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=9)
+    x = rng.standard_normal((3, 4, 5)).astype(np.float32) * 4
+    (got,) = TypedGraph(ir.from_proto(model)).run({"x": x}).values()
+    np.testing.assert_allclose(got.numpy(), run_onnxruntime(model, {"x": x})["y"], atol=1e-6)

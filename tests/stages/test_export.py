@@ -169,7 +169,7 @@ def test_the_opset_that_was_asked_for_is_in_the_file(bundle: Path, opset: int) -
         ({"io_dtype": "fp16"}, "--io-dtype fp16"),
         ({"io_dtype": "bf16", "precision": "fp16"}, "--io-dtype bf16"),
         ({"keep_fp32": ["Conv"]}, "--keep-fp32"),
-        ({"batches": (1, 2, 4)}, "--min, --opt, --max is for TensorRT"),
+        ({"batches": (1, 2, 4)}, "--min, --opt, --max: only TensorRT engines"),
         ({"input_name": " "}, "--input-name"),
         ({"dynamic": "width"}, "--dynamic width"),
         ({"precision": "int8"}, "--precision int8"),
@@ -856,3 +856,81 @@ def test_images_of_ones_own_show_what_overflows(bundle: Path, tmp_path: Path) ->
         np.savez(tmp_path / "wrong.npz", **wrong)
         with pytest.raises(InputError, match="--sample"):
             repdeploy.export(bundle, precision="fp16", sample=tmp_path / "wrong.npz")
+
+
+# --- what an adversary found ---
+
+
+def test_a_graph_in_half_precision_keeps_its_own(tmp_path: Path) -> None:
+    """Its weights tell the precision: not every exporter writes down the types of what is computed."""
+    w = Writer(17, TensorProto.FLOAT16)
+    normed = w.norm(w.conv("x", weights(6, 3, 3, 3)), [weights(6), weights(6), weights(6), np.full(6, 0.7, np.float32)])
+    w.node("Relu", [normed], "y")
+    bundle = graph_bundle(tmp_path, w.model({"x": ["n", 3, 12, 12]}, {"y": ["n", 6, 10, 10]}))
+    artifact = only(repdeploy.export(bundle))
+    assert (artifact.file, artifact.precision) == ("model.fp16.onnx", "fp16")
+    assert repdeploy.verify(bundle).passed
+    for options in ({"softmax": True}, {"opset": 20}, {"precision": "bf16"}):
+        with pytest.raises(InputError, match="only float32 graphs are changed"):
+            repdeploy.export(bundle, **options)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_converting_again_mends_damaged_references(tmp_path: Path, damage: str) -> None:
+    checkpoint = save(repvgg(), tmp_path / "a.pth")
+    bundle = repdeploy.convert(checkpoint, output=tmp_path / "a.repdeploy", input_shape="1x3x33x31").bundle
+    assert bundle is not None
+    repdeploy.export(bundle)
+    references = bundle / "references.npz"
+    references.write_bytes(references.read_bytes()[:90])
+    if damage == "gone":
+        references.unlink()
+    repdeploy.convert(checkpoint, output=bundle, input_shape="1x3x33x31")
+    assert repdeploy.verify(bundle).passed
+
+
+def test_options_about_the_image_are_about_the_one_whose_batch_is_open(tmp_path: Path) -> None:
+    w = Writer(17, FLOAT)
+    normed = w.norm(w.conv("b", weights(4, 3, 1, 1)), [weights(4), weights(4), weights(4), np.full(4, 0.7, np.float32)])
+    w.node("Add", [normed, w.conv("a", weights(4, 3, 1, 1))], "y")
+    bundle = graph_bundle(tmp_path, w.model({"a": [1, 3, 8, 8], "b": ["n", 3, 8, 8]}, {"y": ["n", 4, 8, 8]}))
+    artifact = only(repdeploy.export(bundle, fold_normalize="0.5,0.25", input_name="pixels"))
+    assert [item.name for item in onnx.load(bundle / artifact.file).graph.input] == ["a", "pixels"]
+    assert repdeploy.verify(bundle).passed
+
+
+def test_the_axes_of_a_graph_are_not_closed_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--dynamic none"):
+        repdeploy.export(graph_bundle(tmp_path, classifier()), dynamic="none")
+
+
+def test_an_output_outside_of_bundles_that_ends_in_onnx(untouched: Path, tmp_path: Path) -> None:
+    for output in (untouched / "model.fp32.onnx", untouched / "other.onnx", tmp_path / "model.txt"):
+        with pytest.raises(UsageError, match="-o"):
+            repdeploy.export(untouched, output=output)
+
+
+@pytest.mark.parametrize("text", ["0,1e-42", "100000,1", "nan,1", "0,inf"])
+def test_a_normalisation_that_float32_cannot_hold(bundle: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="--fold-normalize"):
+        repdeploy.export(bundle, fold_normalize=text)
+
+
+def test_an_exporter_in_c_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The TorchScript exporter shows its graph, local paths and all, past Python's standard output."""
+    bundle = sample_bundle("fastvit", tmp_path)
+    with pytest.raises(BackendFailed, match="could not be written in opset 11") as caught:
+        repdeploy.export(bundle, opset=11)
+    assert "newer --opset" in caught.value.hint
+    assert capfd.readouterr().out == ""
+
+
+def test_a_torch_program_of_a_network_with_attention(tmp_path: Path) -> None:
+    result = repdeploy.export(sample_bundle("fastvit", tmp_path), torch=True)
+    assert all(check.passed for check in result.artifacts[-1].checks)
+
+
+def test_a_graph_in_half_precision_as_a_torch_program(tmp_path: Path) -> None:
+    result = repdeploy.export(graph_bundle(tmp_path, classifier()), precision="fp16", torch=True)
+    assert all(check.passed for check in result.artifacts[-1].checks)
+    assert any("takes images of 3x12x12" in note for note in result.notes)
