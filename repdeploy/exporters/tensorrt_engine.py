@@ -50,7 +50,7 @@ class TensorRtEngine(Exporter):
     def prepare(self, source: Source) -> tuple[str, ...]:
         precision = _precision(source)
         write_build_script(source, precision)
-        line = trtexec_line(source.onnx.name, source.shapes, source.batches, source.options.engine)
+        line = trtexec_line(source.onnx.name, _profiled_inputs(source), source.batches, source.options.engine)
         whole = ", with its weights" if source.options.engine.strip_weights else ""
         return (f"{SCRIPT} builds, runs and checks the engine on the target machine{whole}", f"or: {line}")
 
@@ -59,7 +59,7 @@ class TensorRtEngine(Exporter):
         where = "ampere+" if options.hardware_compatible else cuda_memory.architecture()
         stripped = ".stripped" if options.strip_weights else ""
         path = source.scratch / f"model.{precision}.{where}.trt{tensorrt_cuda.version()}{stripped}.plan"
-        path.write_bytes(build(source.onnx, source.shapes, source.batches, options, progress))
+        path.write_bytes(build(source.onnx, _profiled_inputs(source), source.batches, options, progress))
         weights = source.onnx if options.strip_weights else None
         session = EngineSession(path, weights=weights, host_code=options.version_compatible)
         try:
@@ -85,7 +85,10 @@ EXPORTER = TensorRtEngine()
 
 
 def build(onnx: Path, shapes: Shapes, batches: tuple[int, int, int], options: EngineOptions, progress: Progress) -> bytes:
-    """A serialised engine. Raises BackendFailed with TensorRT's own words, UsageError for a timing cache of another machine."""
+    """A serialised engine; `shapes`: of the inputs with open sizes.
+
+    Raises BackendFailed with TensorRT's own words, UsageError for a timing cache of another machine.
+    """
     import tensorrt as trt
 
     logger = quiet_logger(trt)
@@ -108,10 +111,11 @@ def build(onnx: Path, shapes: Shapes, batches: tuple[int, int, int], options: En
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
-    profile = builder.create_optimization_profile()
-    for name, shape in shapes.items():
-        profile.set_shape(name, *((batch, *shape) for batch in batches))
-    config.add_optimization_profile(profile)
+    if shapes:
+        profile = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            profile.set_shape(name, *((batch, *shape) for batch in batches))
+        config.add_optimization_profile(profile)
     _read_cache(config, options.timing_cache)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
@@ -135,6 +139,7 @@ def write_build_script(source: Source, precision: str) -> Path:
         "ONNX": source.onnx.name,
         "BUDGET": f"{PRECISION_BUDGETS[precision]:g}",
         "SHAPES": dict(source.shapes),
+        "PROFILED": sorted(_profiled_inputs(source)),
         "PRECISION": precision,
         "BATCHES": ", ".join(map(str, source.batches)),
         "RENAMED": (source.image, options.input_name or source.image),
@@ -151,11 +156,13 @@ def write_build_script(source: Source, precision: str) -> Path:
 
 def trtexec_line(onnx: str, shapes: Shapes, batches: Sequence[int], options: EngineOptions) -> str:
     """The same build with NVIDIA's own tool."""
-    bounds = " ".join(
-        shlex.quote(
+    bounds = "".join(
+        " "
+        + shlex.quote(
             f"--{bound}Shapes=" + ",".join(f"{name}:{'x'.join(map(str, (batch, *shape)))}" for name, shape in shapes.items())
         )
         for bound, batch in zip(("min", "opt", "max"), batches, strict=True)
+        if shapes  # trtexec refuses them for a graph whose sizes are fixed
     )
     flags = {
         "--noTF32": not options.tf32,
@@ -167,7 +174,7 @@ def trtexec_line(onnx: str, shapes: Shapes, batches: Sequence[int], options: Eng
     }
     chosen = " ".join(flag for flag, wanted in flags.items() if wanted)
     return (
-        f"trtexec --onnx={onnx} {bounds} --stronglyTyped {chosen}{' ' if chosen else ''}"
+        f"trtexec --onnx={onnx}{bounds} --stronglyTyped {chosen}{' ' if chosen else ''}"
         "--profilingVerbosity=detailed --saveEngine=model.plan"
     )
 
@@ -181,6 +188,11 @@ def _made_from(folder: Path, artifact: Artifact) -> Path:
             hint="build it again with repdeploy export --trt --strip-weights",
         )
     return found
+
+
+def _profiled_inputs(source: Source) -> Shapes:
+    """Of a graph whose sizes are all fixed there is nothing to profile."""
+    return source.shapes if source.artifact.dynamic else {}
 
 
 def _precision(source: Source) -> str:

@@ -312,6 +312,7 @@ def test_the_trtexec_line_is_strongly_typed() -> None:
     line = trtexec_line("m.onnx", {"input": (3, 8, 9)}, (1, 2, 3), EngineOptions(workspace=64, strip_weights=True))
     assert "--minShapes=input:1x3x8x9 --optShapes=input:2x3x8x9 --maxShapes=input:3x3x8x9 --stronglyTyped --noTF32" in line
     assert "--memPoolSize=workspace:64M --stripWeights" in line
+    assert "Shapes" not in trtexec_line("m.onnx", {}, (2, 2, 2), EngineOptions())  # of fixed sizes: trtexec refuses them
 
 
 def test_engine_options_go_with_an_engine(bundle: Path) -> None:
