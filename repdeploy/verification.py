@@ -204,8 +204,7 @@ def _run_any(path: Path, families: Sequence[Family], images: np.ndarray) -> list
         names = [value.name or "" for value in model.graph.inputs]
         feeds = of_batch(model.graph, images.shape) if len(names) > 1 else {names[0]: images}
         if precision_of(model) in REDUCED:  # onnxruntime's CPU would leave its roundings out
-            with gates.exact_arithmetic():
-                return [tensor.numpy() for tensor in TypedGraph(model).run(feeds).values()]
+            return [tensor.numpy() for tensor in TypedGraph(model).run(feeds).values()]
         return list(OnnxSession(file).run_all(feeds).values())
     network = deploy_network(opened, families, images.shape[1:])
     return [gates.run_in_chunks(network, torch.from_numpy(images)).numpy()]

@@ -19,11 +19,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from repdeploy.errors import InputError, UsageError
+from repdeploy.exporters.judging import REDUCED_TYPES
 from repdeploy.graph.typed import with_types
 from repdeploy.records import WideLayer
 
 WIDE = ir.DataType.FLOAT
-PRECISIONS = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+PRECISIONS = {name: kind for kind, name in REDUCED_TYPES.items()}
 ARRAYS: Mapping[ir.DataType, np.dtype] = {
     ir.DataType.FLOAT: np.dtype(np.float32),
     ir.DataType.FLOAT16: np.dtype(np.float16),

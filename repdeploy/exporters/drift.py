@@ -14,6 +14,7 @@ from repdeploy.graph.typed import TypedGraph
 from repdeploy.records import Drift
 
 LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+"""Operators with weights: what reduced precision is told of, and kept out of, one by one."""
 
 
 def drift(wide: ir.Model, narrow: Path, case: Case) -> tuple[Drift, ...]:
@@ -24,16 +25,11 @@ def drift(wide: ir.Model, narrow: Path, case: Case) -> tuple[Drift, ...]:
     graph = wide.graph
     layers = {node.outputs[0].name or "": node for node in graph if node.op_type in LAYERS}
     interpreter = Interpreter(wide.opset_imports[""])
-    stored = {
-        value: interpreter.tensor(value.const_value.numpy())
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    }
     fed = {value: interpreter.tensor(case.feeds[name]) for value in graph.inputs if (name := value.name or "") in case.feeds}
     typed = TypedGraph(read_onnx(narrow).model)
     with gates.exact_arithmetic():
-        exact = evaluate(interpreter, graph, stored | fed, [node.outputs[0] for node in layers.values()])
-        made = typed.run(case.feeds, tuple(layers))
+        exact = evaluate(interpreter, graph, interpreter.stored(graph) | fed, [node.outputs[0] for node in layers.values()])
+    made = typed.run(case.feeds, tuple(layers))
     return tuple(
         Drift(layers[name].name or name, gates.relative_error(made[name], tensor))
         for value, tensor in exact.items()

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from repdeploy.errors import InputError, UsageError
 from repdeploy.exporters.interface import Case
 from repdeploy.exporters.options import Normalization, Options
+from repdeploy.graph.sample_inputs import IMAGE_RANK
 
 MEAN, DEVIATION = "normalize.mean", "normalize.deviation"
 SOFTMAX = "softmax"
-IMAGE_RANK = 4
 
 
 def finished(model: ir.Model, options: Options, image: str) -> None:
@@ -75,7 +75,7 @@ def _normalize(model: ir.Model, image: ir.Value, normalization: Normalization) -
             f"--fold-normalize: {image.name} is no image in float32 (BATCHxCHANNELSxHEIGHTxWIDTH), but {kind} {image.shape}",
             hint="leave it out",
         )
-    channels = image.shape[1] if image.shape is not None else None
+    channels = image.shape[1]
     if len(normalization.mean) > 1 and channels != len(normalization.mean):
         raise UsageError(
             f"--fold-normalize has {len(normalization.mean)} means, the image has {channels} channels",

@@ -54,9 +54,7 @@ def _ranges(model: ir.Model, feeds: Iterable[Mapping[str, np.ndarray]]) -> dict[
     """Per floating point value: the largest magnitude, over all feeds, and that of the feed where it is smallest."""
     graph = model.graph
     watch = _Watching(model.opset_imports[""])
-    stored = {
-        value: watch.tensor(value.const_value.numpy()) for value in graph.initializers.values() if value.const_value is not None
-    }
+    stored = watch.stored(graph)
     for feed in feeds:
         known = stored | {value: watch.tensor(feed[name]) for value in graph.inputs if (name := value.name or "") in feed}
         for value in graph.inputs:

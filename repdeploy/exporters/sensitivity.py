@@ -15,11 +15,11 @@ from torch import Tensor
 
 from repdeploy import gates
 from repdeploy.exporters.casting import Keep, narrowed, swept
+from repdeploy.exporters.drift import LAYERS
 from repdeploy.exporters.interface import Case
 from repdeploy.graph.typed import TypedGraph
 from repdeploy.progress import Progress, each
 
-LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 INPUT = "the input"
 """What operators in front of the first layer go with."""
 SHARE = 0.7

@@ -57,15 +57,14 @@ def export(
         usual = _file_name(bundle, options)
         name = usual if output is None else output.name
         progress("exporting ONNX", 0, 3)
-        if targets or bundle.manifest.graph is None or usual != bundle.own_artifact().file:
-            _require_references(bundle, subject, progress)
         written = _current(bundle, usual, subject, options)
         reused = (name,) if written is not None and output is None else ()
         if output is not None and written is not None:
             written = None if written.others else _copied(bundle.path / written.file, output, written)
+        references = _references(bundle, subject, progress) if targets or written is None else ()
         if written is None:
             replaced = _replaced(bundle, name) if output is None else ()
-            written = _write_onnx(bundle, subject, folder, name, options, command, progress)
+            written = _write_onnx(bundle, subject, references, folder, name, options, command, progress)
             if output is None:
                 bundle.write_manifest(bundle.manifest.with_artifact(written))
         else:
@@ -73,7 +72,7 @@ def export(
         progress("exporting ONNX", 3, 3)
         result = Export(folder, (written,), reused, notes=(*written.notes, *replaced), norms=_norms_left(bundle, folder / name))
         for target in targets:
-            result = _add(bundle, subject, target, written, result, options, command, progress)
+            result = _add(bundle, subject, references, target, written, result, options, command, progress)
         return result
 
 
@@ -92,10 +91,16 @@ def _may_write(output: Path) -> None:
 
 
 def _write_onnx(
-    bundle: Bundle, subject: Subject, folder: Path, name: str, options: Options, command: str, progress: Progress
+    bundle: Bundle,
+    subject: Subject,
+    references: Sequence[Case],
+    folder: Path,
+    name: str,
+    options: Options,
+    command: str,
+    progress: Progress,
 ) -> Artifact:
     """The graph with everything that was asked for, checked under its final name and then moved into place."""
-    references = subject.cases(progress)
     model = ir.from_proto(subject.graph(options))
     ends.finished(model, options, subject.image)
     cases = ends.cases_with_ends(references, subject.image, subject.output, options)
@@ -128,10 +133,10 @@ def _write_onnx(
     )  # fmt: skip
 
 
-def _require_references(bundle: Bundle, subject: Subject, progress: Progress) -> None:
-    """Raises InputError where nothing was recorded that an export could be judged by."""
-    if subject.cases(progress):
-        return
+def _references(bundle: Bundle, subject: Subject, progress: Progress) -> tuple[Case, ...]:
+    """What the exports are judged by. Raises InputError where nothing was recorded."""
+    if cases := subject.cases(progress):
+        return cases
     if bundle.manifest.verdict.grade == "blocks only":
         reason, hint = "it was converted with --gates blocks", "convert again without --gates blocks"
     else:
@@ -170,6 +175,7 @@ def _simplified(
 def _add(
     bundle: Bundle,
     subject: Subject,
+    references: Sequence[Case],
     target: Exporter,
     onnx_artifact: Artifact,
     result: Export,
@@ -178,7 +184,7 @@ def _add(
     progress: Progress,
 ) -> Export:
     """One more target from the written ONNX."""
-    cases = ends.cases_with_ends(subject.cases(progress), subject.image, subject.output, options)
+    cases = ends.cases_with_ends(references, subject.image, subject.output, options)
     size = subject.shape[0]
     with _scratch(bundle.path, target.name) as scratch:
         source = Source(

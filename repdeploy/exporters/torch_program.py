@@ -19,6 +19,7 @@ from torch.fx.experimental import _config
 from repdeploy.errors import BackendFailed, InputError, words
 from repdeploy.exporters.interface import Case, Exporter, Source, Written
 from repdeploy.exporters.judging import judged
+from repdeploy.exporters.onnx_file import EXAMPLE_BATCH
 from repdeploy.exporters.options import Normalization, Options
 from repdeploy.gates import exact_arithmetic
 from repdeploy.progress import Progress
@@ -27,8 +28,6 @@ from repdeploy.runtimes.interface import Feeds, Missing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPEN_AXES = {"batch": 0, "height": 2, "width": 3}
-EXAMPLE_BATCH = 2
-"""An example batch of 1 would be taken for a constant."""
 KEPT_META = ("val", "tensor_meta")
 """Of what torch notes about every node: the rest is source lines and paths of this machine."""
 

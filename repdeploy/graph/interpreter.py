@@ -56,6 +56,11 @@ class Interpreter:
         except TypeError as reason:
             raise CannotInterpret(f"torch has no type for {array.dtype}") from reason
 
+    def stored(self, graph: ir.Graph) -> dict[ir.Value, Tensor]:
+        """A graph's stored tensors as they are computed with. Raises CannotInterpret as `tensor`."""
+        held = ((value, value.const_value) for value in graph.initializers.values())
+        return {value: self.tensor(tensor.numpy()) for value, tensor in held if tensor is not None}
+
     def run(self, node: ir.Node, inputs: Sequence[Tensor | None]) -> Values:
         """The outputs of a node. Raises CannotInterpret."""
         if node.op_type in RANDOM:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from repdeploy.gates import exact_arithmetic
 from repdeploy.graph.interpreter import CannotInterpret, Interpreter, Values, evaluate
 from repdeploy.graph.known import LIKE_THEIR_INPUT
 
@@ -37,11 +38,7 @@ class TypedGraph:
     def __init__(self, model: ir.Model) -> None:
         self.model = with_types(model)
         self._interpreter = TypedInterpreter(self.model.opset_imports[""])
-        self._stored = {
-            value: self._interpreter.tensor(value.const_value.numpy())
-            for value in self.model.graph.initializers.values()
-            if value.const_value is not None
-        }
+        self._stored = self._interpreter.stored(self.model.graph)
 
     def run(self, feeds: Mapping[str, np.ndarray], values: Sequence[str] = ()) -> dict[str, Tensor]:
         """Every output by name, in float32 where it is a rounded one; also `values` from inside. Raises CannotInterpret."""
@@ -52,7 +49,8 @@ class TypedGraph:
                 known[value] = rounded(self._interpreter.tensor(feeds[name]), value.dtype)
         inside = [value for node in graph for value in node.outputs if value.name in set(values)]
         wanted = list(dict.fromkeys((*graph.outputs, *inside)))
-        found = evaluate(self._interpreter, graph, known, wanted)
+        with exact_arithmetic():
+            found = evaluate(self._interpreter, graph, known, wanted)
         return {value.name or "": tensor for value, tensor in found.items()}
 
 
