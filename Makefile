@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: test demo check install clean
 
+# a worker per core, each on one thread: small tensors gain nothing by more
 test: install check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: install
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def onnxruntime_graph(path: Path, x: np.ndarray) -> tuple[Counter[str], Callable
     """The operators left after onnxruntime's own optimisation, and a timer."""
     import onnxruntime
 
-    from repdeploy.runtimes.onnx_cpu import OnnxSession
+    from repdeploy.runtimes.onnx_runtime import OnnxSession
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

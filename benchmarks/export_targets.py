@@ -23,7 +23,7 @@ import torch
 import repdeploy
 from repdeploy.errors import RepDeployError
 from repdeploy.records import Precision
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from sample_models.samples import SAMPLES
 from tests.conftest import REFERENCE
 from tests.golden.cases import Case

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import repdeploy
 from repdeploy.errors import RepDeployError
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from tests.conftest import REFERENCE
 from tests.golden.cases import Case
 from tests.golden.test_blocks import activation, stated

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import repdeploy
 from repdeploy.network import sample_images
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from sample_models.acnet import save_hdf5
 from sample_models.backbones import CifarResNet, MobileNet, Plain
 from sample_models.resrep import Compactor, compactors, without_forgotten

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from repdeploy.pipeline import bench, convert, doctor, export, families, inspect, verify
+    from repdeploy.pipeline import bench, convert, doctor, export, families, inspect, report, verify
 
-__all__ = ["bench", "convert", "doctor", "export", "families", "inspect", "verify"]
+__all__ = ["bench", "convert", "doctor", "export", "families", "inspect", "report", "verify"]
 
 
 def __getattr__(name: str) -> Any:

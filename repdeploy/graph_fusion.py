@@ -26,7 +26,7 @@ from repdeploy.graph.sample_inputs import Arrays, InputPlan, plans
 from repdeploy.graph.squeezer import GRAPH, Squeezed, squeeze
 from repdeploy.progress import Progress
 from repdeploy.records import Artifact, Check, Conversion, GraphReport, KeptNode, Manifest, Port, Source, Verdict
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from repdeploy.versions import tool_versions
 
 

@@ -39,7 +39,7 @@ from repdeploy.progress import Progress
 from repdeploy.rebuild import reader
 from repdeploy.recognise import keys_of
 from repdeploy.records import Check, Conversion
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 
 TIMM = "timm"
 USUAL_SHAPE = (1, 3, 224, 224)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from repdeploy.digest import Digest
-from repdeploy.errors import UsageError
+from repdeploy.errors import BackendMissing, UsageError
+from repdeploy.measurements import Bench, BenchRow, Suite, TrainSteps
 from repdeploy.progress import Progress, silent
 from repdeploy.records import (
-    Bench,
     Conversion,
     Dtype,
     Dynamic,
@@ -33,11 +33,16 @@ from repdeploy.records import (
 if TYPE_CHECKING:
     from repdeploy.bundle import Bundle
     from repdeploy.checkpoint import Checkpoint
+    from repdeploy.page.stage import Report
 
 PathLike = str | Path
 GRAPH_SUFFIX = ".onnx"
 USUAL_BATCHES = (1, 8)
 """Of a benchmark: latency, and throughput that a small device still reaches."""
+SUITE_BATCHES = {"cpu": 4, "cuda": 128}
+TRAIN_BATCHES = {"cpu": 4, "cuda": 64}
+TRAIN_SIDES = {"cpu": (64, 128), "cuda": (128, 224)}
+"""For a suite and for training steps: as the papers have it on a GPU, small enough for a CPU to finish in minutes."""
 Shape = str | Sequence[int]
 
 
@@ -332,71 +337,176 @@ def bench(
     seconds: float = 4.0,
     runtime: Sequence[str] = (),
     trust_engine: bool = False,
+    latency_only: bool = False,
+    resume: bool = False,
+    baseline: PathLike | None = None,
     progress: Progress = silent,
 ) -> Bench:
     """Measure training-time against deploy network per runtime and batch size (a bundle), or one ONNX file or TensorRT plan.
 
-    `trust_engine`: load a plan that no manifest vouches for; that can run code of whoever built it. On a machine without torch
-    a bundle's compiled files are measured.
+    `batch`: 1 and 8 when left out, or the one that a graph is fixed to. `trust_engine`: load a plan that no manifest vouches
+    for; that can run code of whoever built it. `latency_only`: no memory, nothing from inside the networks, no density table.
+    `resume`: rows that the bundle's bench.json holds from this machine, with these versions, are not measured again.
+    `baseline`: an earlier bench.json, or the bundle it lies in, that the result is compared with. On a machine without torch a
+    bundle's compiled files are measured. Rows are written into the bundle as they come.
 
-    `batch`: 1 and 8 when left out, or the one that a graph is fixed to.
-
-    Raises UsageError, BackendMissing when nothing on that device can run, BackendFailed when a named runtime crashes.
+    Raises UsageError, InputError, BackendMissing when nothing on that device can run, BackendFailed when a named runtime
+    crashes.
     """
     _one_of("--device", device, ("cpu", "cuda"))
     if (batch is not None and (not batch or min(batch) < 1)) or not seconds > 0 or (threads is not None and threads < 1):
         raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
     shape = parse_shape(input_shape)
-    from repdeploy import benchmark
+    from repdeploy.benchmark import results, stage
+    from repdeploy.benchmark.conditions import cores, environment
+
+    earlier = results.read(Path(baseline)) if baseline is not None else None
+    path = Path(subject) if subject is not None else newest_bundle()
+    opened, image, own_batch, available = _measurable(path, shape, trust_engine)
+    count = threads or cores()
+    here = environment(count)
+    before = results.stored(opened) if opened is not None else None
+    wanted = stage.Wanted(
+        path,
+        image,
+        device,
+        tuple(dict.fromkeys(batch or ((own_batch,) if own_batch else USUAL_BATCHES))),
+        count,
+        seconds,
+        tuple(runtime),
+        available,
+        deep=not latency_only,
+        before=results.resumable(before, image, device, count, here) if resume else None,
+    )
+
+    def keep(row: BenchRow) -> None:
+        if opened is not None:
+            results.merge(opened, Bench(path.name, (row,), here))
+
+    result = stage.bench(wanted, progress, keep)
+    if earlier is not None:
+        result = replace(result, baseline=results.compared(earlier, result))
+    if opened is not None:
+        results.merge(opened, result)
+    return result
+
+
+def bench_suite(
+    name: str,
+    *,
+    device: str = "cpu",
+    batch: Sequence[int] | None = None,
+    threads: int | None = None,
+    seconds: float = 4.0,
+    runtime: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Suite:
+    """Measure a paper's networks on this device: "repvgg-paper" is RepVGG, table 4.
+
+    `batch`: one; as in the paper on a GPU, 4 on a CPU when left out. `runtime`: torch when left out.
+
+    Raises UsageError, BackendMissing, BackendFailed where no network ran.
+    """
+    _one_of("--device", device, ("cpu", "cuda"))
+    if (batch is not None and (len(batch) != 1 or batch[0] < 1)) or not seconds > 0 or (threads is not None and threads < 1):
+        raise UsageError("a suite is measured at one batch size of at least 1, with at least 1 thread and a positive time")
+    from repdeploy import suites
+    from repdeploy.benchmark import tables
+    from repdeploy.benchmark.conditions import cores
+
+    definition = suites.suite(name)
+    size = batch[0] if batch else SUITE_BATCHES[device]
+    return tables.suite(definition, device, size, threads or cores(), seconds, tuple(runtime), progress)
+
+
+def train_step(
+    models: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    batch: Sequence[int] | None = None,
+    sides: Sequence[int] | None = None,
+    threads: int | None = None,
+    seconds: float = 10.0,
+    progress: Progress = silent,
+) -> TrainSteps:
+    """Time and memory of one training step per network and resolution: what block kinds cost while they train.
+
+    `models`: `module:factory`, as --model names them; a ResNet-18 of every block kind when left out. `sides`: of square images,
+    at least two. `seconds`: of timed steps per resolution.
+
+    Raises UsageError, BackendMissing, BackendFailed where none could be trained.
+    """
+    _one_of("--device", device, ("cpu", "cuda"))
+    taken = tuple(dict.fromkeys(sides or TRAIN_SIDES[device]))
+    if batch is not None and (len(batch) != 1 or batch[0] < 1):
+        raise UsageError("training steps are measured at one batch size of at least 1")
+    if len(taken) < 2 or min(taken) < 1 or not seconds > 0 or (threads is not None and threads < 1):
+        raise UsageError(
+            "training steps are measured at two resolutions or more, to see what grows with them",
+            hint="give --side twice, for example --side 64 --side 128",
+        )
+    from repdeploy.benchmark import tables
+    from repdeploy.benchmark.conditions import cores
+    from repdeploy.runtimes import torch_eager
+    from repdeploy.training_cost import usual_models
+
+    if (absent := torch_eager.missing(device)) is not None:
+        raise BackendMissing(f"nothing here trains on {device}: {absent.what}", hint=absent.hint)
+    size = batch[0] if batch else TRAIN_BATCHES[device]
+    return tables.train_steps(
+        tuple(models) or usual_models(), device, size, sorted(taken), threads or cores(), seconds, progress
+    )
+
+
+def _measurable(
+    path: Path, shape: tuple[int, ...] | None, trust_engine: bool
+) -> tuple[Bundle | None, tuple[int, ...], int | None, set[str]]:
+    """What there is to measure: the bundle, the image, the one batch size a graph is fixed to, what runtimes can be given."""
     from repdeploy.bundle import Bundle
     from repdeploy.runtimes.interface import NETWORK, ONNX
     from repdeploy.vouching import PLAN_SUFFIXES, compiled_files, require_vouched
 
-    path = Path(subject) if subject is not None else newest_bundle()
-    opened = None if path.is_file() else Bundle(path)
-    own_batch = None
     available: set[str] = {NETWORK, ONNX}
-    if opened is None and path.suffix in PLAN_SUFFIXES:
+    if path.is_file() and path.suffix in PLAN_SUFFIXES:
         known = require_vouched(path, trust_engine)
         taken = shape or known.input_shape
         if not taken:
             raise UsageError(f"{path.name} does not say its image size before it is loaded", hint="give it with --input-shape")
-        available = {"tensorrt"}
-    elif opened is None:
+        return None, taken[1:], None, {"tensorrt"}
+    if path.is_file():
         from repdeploy.verification import fixed_batch, image_of_file
 
-        own_batch = fixed_batch(path)
-        taken = (1, *image_of_file(path, shape))
+        return None, tuple(image_of_file(path, shape)), fixed_batch(path), available
+    opened = Bundle(path)
+    opened.require_verified()
+    taken = shape or opened.manifest.input_shape
+    available |= set(compiled_files(opened))
+    own_batch = None
+    if importlib.util.find_spec("torch") is None:
+        available -= {NETWORK, ONNX}  # what is left of a bundle is what was compiled
+    elif opened.manifest.graph is not None:
+        from repdeploy.verification import fixed_batch
+
+        own_batch = fixed_batch(opened.squeezed_graph())
     else:
-        opened.require_verified()
-        taken = shape or opened.manifest.input_shape
-        available |= set(compiled_files(opened))
-        if importlib.util.find_spec("torch") is None:
-            available -= {NETWORK, ONNX}  # what is left of a bundle is what was compiled
-        elif opened.manifest.graph is not None:
-            from repdeploy.verification import fixed_batch
+        from repdeploy import registry
+        from repdeploy.rebuild import check_image, require_network
 
-            own_batch = fixed_batch(opened.squeezed_graph())
-        else:
-            from repdeploy import registry
-            from repdeploy.rebuild import check_image, require_network
+        require_network(opened)
+        check_image(opened, registry.families(), taken)
+    return opened, taken[1:], own_batch, available
 
-            require_network(opened)
-            check_image(opened, registry.families(), taken)
-    result = benchmark.bench(
-        path,
-        taken[1:],
-        device=device,
-        batches=tuple(dict.fromkeys(batch or ((own_batch,) if own_batch else USUAL_BATCHES))),
-        threads=threads or os.cpu_count() or 1,
-        seconds=seconds,
-        only=tuple(runtime),
-        available=available,
-        progress=progress,
-    )
-    if opened is not None:
-        benchmark.merge(opened, result)
-    return result
+
+def report(bundle: PathLike | None = None, *, output: PathLike | None = None, markdown: bool = False) -> Report:
+    """One page that tells all that is recorded in a bundle: report.html in it, or `output`.
+
+    `markdown`: GitHub-flavoured Markdown, in the answer's `text` where there is no `output`. Neither needs a tensor library.
+
+    Raises UsageError, InputError, BackendMissing where an HTML page's libraries are not here.
+    """
+    from repdeploy.page import stage
+
+    return stage.report(_open(bundle), Path(output) if output is not None else None, markdown)
 
 
 def families() -> tuple[FamilyInfo, ...]:

@@ -7,10 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 MANIFEST_SCHEMA = "repdeploy.manifest/1"
-BENCH_SCHEMA = "repdeploy.bench/1"
 
 Origin = Literal["set", "arch", "file", "image", "skeleton", "default"]
 """Where a fact comes from: --set, --arch, the file beside its tensors, the size of the images that the user gave, the network's
@@ -81,6 +80,8 @@ class Check:
     measure: str = "max|a-b| / max|reference|"
     detail: str = ""
     failure: str = ""
+
+    DERIVED: ClassVar = ("passed",)
 
     @property
     def passed(self) -> bool:
@@ -349,6 +350,8 @@ class Verification:
     warnings: tuple[str, ...] = ()
     schema: str = "repdeploy.verify/1"
 
+    DERIVED: ClassVar = ("passed",)
+
     @property
     def passed(self) -> bool:
         return bool(self.checks) and all(check.passed for check in self.checks)
@@ -367,78 +370,6 @@ class Export:
     notes: tuple[str, ...] = ()
     norms: tuple[tuple[str, str], ...] = ()
     schema: str = "repdeploy.export/1"
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A ratio of medians with its bootstrap interval (95 %)."""
-
-    ratio: float
-    low: float
-    high: float
-
-    @property
-    def differs(self) -> bool:
-        """A difference is called one only if the interval excludes 1 and the effect exceeds 1 %."""
-        return (self.low > 1 or self.high < 1) and abs(self.ratio - 1) > 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Every timed run of one network in one runtime, in seconds, and the conditions."""
-
-    network: Literal["training-time", "deploy", "original", "squeezed", "file"]
-    runtime: str
-    device: str
-    precision: str
-    threads: int
-    batch: int
-    input_shape: tuple[int, ...]
-    seconds: tuple[float, ...]
-    warmup_runs: int
-    steady: bool
-
-    @property
-    def median(self) -> float:
-        ordered = sorted(self.seconds)
-        middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-    @property
-    def spread(self) -> float:
-        """The middle half of the runs, relative to the median."""
-        ordered = sorted(self.seconds)
-        quarter = len(ordered) // 4
-        return (ordered[-1 - quarter] - ordered[quarter]) / self.median
-
-    @property
-    def images_per_second(self) -> float:
-        return self.batch / self.median
-
-
-@dataclass(frozen=True, slots=True)
-class BenchRow:
-    """One runtime at one batch size: both networks and their ratio, or why there is none."""
-
-    runtime: str
-    device: str
-    batch: int
-    timings: tuple[Timing, ...] = ()
-    speedup: Interval | None = None
-    missing: str = ""
-    hint: str = ""
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """The benchmark of one bundle or file on one machine."""
-
-    subject: str
-    rows: tuple[BenchRow, ...]
-    environment: Mapping[str, str]
-    notes: tuple[str, ...] = ()
-    schema: str = BENCH_SCHEMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,7 +407,7 @@ def plain(value: Any) -> Any:
     """A record as dicts, lists, strings and numbers; derived properties that readers ask for are written out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-        derived = {name: plain(getattr(value, name)) for name in _DERIVED.get(type(value), ())}
+        derived = {name: plain(getattr(value, name)) for name in getattr(type(value), "DERIVED", ())}
         return {**({"schema": fields.pop("schema")} if "schema" in fields else {}), **fields, **derived}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -487,14 +418,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
-
-
-_DERIVED: dict[type, tuple[str, ...]] = {
-    Check: ("passed",),
-    Timing: ("median", "spread", "images_per_second"),
-    Verification: ("passed",),
-    Interval: ("differs",),
-}
 
 
 def manifest_from_json(text: str) -> Manifest:

@@ -7,19 +7,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from repdeploy.records import Interval
+from repdeploy.measurements import Interval
 
 WINDOWS = 3
 WINDOW_AGREEMENT = 0.10
 """Warm: the medians of three windows in a row lie within 10 % of each other."""
 MIN_WARMUP_SECONDS = 0.2
+MIN_WARMUP_RUNS = 4
 MAX_WARMUP_SECONDS = 3.0
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 
 
-def warm_up(timers: Sequence[Callable[[], float]]) -> tuple[int, bool]:
-    """Run all timers in turn until each is steady. Returns the runs each had, and whether all became steady."""
+def warm_up(timers: Sequence[Callable[[], float]], most: float = MAX_WARMUP_SECONDS) -> tuple[int, bool]:
+    """Run all timers in turn until each is steady, by time and by count, for `most` seconds at most.
+
+    Returns the runs each had, and whether all became steady.
+    """
     started, runs = time.perf_counter(), 0
     history: list[list[float]] = [[] for _ in timers]
     while True:
@@ -28,7 +32,7 @@ def warm_up(timers: Sequence[Callable[[], float]]) -> tuple[int, bool]:
         runs += 1
         elapsed = time.perf_counter() - started
         steady = all(_steady(seen) for seen in history)
-        if (steady and elapsed >= MIN_WARMUP_SECONDS) or elapsed >= MAX_WARMUP_SECONDS:
+        if (steady and elapsed >= MIN_WARMUP_SECONDS and runs >= MIN_WARMUP_RUNS) or elapsed >= most:
             return runs, steady
 
 
@@ -54,16 +58,49 @@ def interleaved(
 
 
 def speedup(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
-    """The ratio of medians, before over after, with its percentile bootstrap interval (Efron and Tibshirani 1993)."""
+    """The ratio of medians, before over after, of interleaved runs, with its percentile bootstrap interval.
+
+    Rounds are drawn, not runs, and in blocks: what disturbs a machine lasts longer than one run and hits both networks. The
+    length of a block follows the noise itself (see `_block`). Source: Efron and Tibshirani 1993; circular blocks of Politis and
+    Romano 1992.
+    """
+    a, b = np.asarray(before), np.asarray(after)
+    assert len(a) == len(b), "interleaved runs come in rounds"
+    picked = _drawn(len(a), max(_block(a), _block(b)), np.random.default_rng(seed))
+    return _interval(a, b, np.median(a[picked], axis=1), np.median(b[picked], axis=1))
+
+
+def apart(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
+    """The same for two series that were measured at different times, each drawn for itself."""
     generator = np.random.default_rng(seed)
     a, b = np.asarray(before), np.asarray(after)
+    drawn = [values[_drawn(len(values), _block(values), generator)] for values in (a, b)]
+    return _interval(a, b, *(np.median(values, axis=1) for values in drawn))
 
-    def medians(values: np.ndarray) -> np.ndarray:
-        picked = generator.integers(0, len(values), (RESAMPLES, len(values)))
-        result: np.ndarray = np.median(values[picked], axis=1)
-        return result
 
-    ratios = medians(a) / medians(b)
+def _drawn(count: int, block: int, generator: np.random.Generator) -> np.ndarray:
+    """Indices of resamples (RESAMPLES, count), in circular blocks."""
+    starts = generator.integers(0, count, (RESAMPLES, -(-count // block)))
+    indices: np.ndarray = (starts[..., None] + np.arange(block)) % count
+    return indices.reshape(RESAMPLES, -1)[:, :count]
+
+
+def _block(values: np.ndarray) -> int:
+    """How many runs in a row tell the same: as far as ranks stay correlated beyond chance, a quarter of the runs at most.
+
+    Ranks, because single outliers hide a correlation; beyond 2 / sqrt(n), the band of white noise (Bartlett 1946).
+    """
+    count = len(values)
+    ranks = np.argsort(np.argsort(values)) - (count - 1) / 2
+    power = float(ranks @ ranks) or 1.0
+    longest = max(1, count // 4)
+    for lag in range(1, longest):
+        if float(ranks[:-lag] @ ranks[lag:]) / power < 2 / np.sqrt(count):
+            return min(longest, max(lag, int(count ** (1 / 3))))
+    return longest
+
+
+def _interval(a: np.ndarray, b: np.ndarray, medians_a: np.ndarray, medians_b: np.ndarray) -> Interval:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(ratios, (tail, 1 - tail))
+    low, high = np.quantile(medians_a / medians_b, (tail, 1 - tail))
     return Interval(float(np.median(a) / np.median(b)), float(low), float(high))

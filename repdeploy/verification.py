@@ -28,7 +28,7 @@ from repdeploy.progress import Progress
 from repdeploy.proof import prove_again
 from repdeploy.rebuild import deploy_network
 from repdeploy.records import Artifact, Check, Verification
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 
 
 def replay(opened: Bundle, families: Sequence[Family], progress: Progress) -> Verification:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from repdeploy_cli import options
-from repdeploy_cli.commands import bench, convert, doctor, export, families, inspect, verify
+from repdeploy_cli.commands import bench, convert, doctor, export, families, inspect, report, verify
 
 app = typer.Typer(
     name="repdeploy",
@@ -22,7 +22,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (inspect.inspect, convert.convert, verify.verify, export.export, bench.bench, families.families, doctor.doctor):
+for command in (
+    inspect.inspect, convert.convert, verify.verify, export.export, bench.bench, report.report, families.families,
+    doctor.doctor,
+):  # fmt: skip
     app.command()(command)
 
 

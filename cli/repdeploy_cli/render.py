@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from repdeploy_cli import options
+from repdeploy_cli.terminal import flops_of, number_of, printed, size_of, stderr, stdout, table_of
 
 if TYPE_CHECKING:
     from repdeploy.progress import Progress
     from repdeploy.records import (
         Artifact,
-        Bench,
         BlockBranches,
         BlockReport,
         Check,
@@ -49,8 +46,6 @@ ORIGINS = {
     "skeleton": "assumed (convention)",
     "default": "assumed (nothing tells it)",
 }
-PIPED_WIDTH = 200
-"""Columns where no terminal says how many it has: whoever reads a pipe wants whole names."""
 MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the last block; --json has them all."""
 OPERATORS_NAMED = 6
@@ -65,23 +60,6 @@ BRANCH_COLUMNS = 47
 """Characters of a branch table beside the names of blocks and the formulas."""
 COLUMNS_BESIDE = 24
 """Characters of a block table's other columns: parameters, errors, the space between."""
-
-
-class _Pipe(Console):
-    """A console whose reader may leave (`| head`): the application decides what that means."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-def stdout() -> Console:
-    is_piped = not sys.stdout.isatty()
-    width = PIPED_WIDTH if is_piped and "COLUMNS" not in os.environ else None
-    return _Pipe(highlight=False, markup=False, soft_wrap=is_piped, width=width)
-
-
-def stderr() -> Console:
-    return Console(stderr=True, highlight=False, markup=False)
 
 
 def show_error(message: str, hint: str) -> None:
@@ -140,7 +118,7 @@ def progress() -> Iterator[Progress]:
 
 
 def show_conversion(conversion: Conversion, *, explain: bool = False) -> None:
-    if _printed(conversion):
+    if printed(conversion):
         return
     console, manifest = stdout(), conversion.manifest
     _summary(console, manifest.source, " + ".join(manifest.families), manifest.architecture)
@@ -180,7 +158,7 @@ def show_conversion(conversion: Conversion, *, explain: bool = False) -> None:
 
 
 def show_inspection(found: Inspection) -> None:
-    if _printed(found):
+    if printed(found):
         return
     console = stdout()
     families = dict.fromkeys(block.family for block in found.blocks) or {found.family or "": None}
@@ -206,7 +184,7 @@ def show_inspection(found: Inspection) -> None:
 
 
 def show_verification(verification: Verification) -> int:
-    if not _printed(verification):
+    if not printed(verification):
         console = stdout()
         console.print(Text(verification.subject, "bold"))
         console.print(_checks(verification.checks))
@@ -224,9 +202,9 @@ def show_verification(verification: Verification) -> int:
 
 
 def show_export(result: Export) -> int:
-    if not _printed(result):
+    if not printed(result):
         console = stdout()
-        table = _table("artifact~", "input", ">opset", ">size", ">error", ">budget")
+        table = table_of("artifact~", "input", ">opset", ">size", ">error", ">budget")
         for item in result.artifacts:
             strictest = min((check.budget for check in item.checks if check.budget), default=0)
             worst = max((c for c in item.checks if c.budget == strictest), key=lambda check: check.error, default=None)
@@ -234,9 +212,9 @@ def show_export(result: Export) -> int:
                 item.file,
                 _input(item.input_shape, item.dynamic),
                 str(item.opset or ""),
-                _size(item.bytes),
-                _number(worst.error) if worst else "",
-                _number(worst.budget) if worst else "",
+                size_of(item.bytes),
+                number_of(worst.error) if worst else "",
+                number_of(worst.budget) if worst else "",
             )
         console.print(table)
         console.print("against the float64 reference:")
@@ -257,53 +235,8 @@ def show_export(result: Export) -> int:
     return 0
 
 
-def show_bench(result: Bench) -> None:
-    if _printed(result):
-        return
-    console = stdout()
-    first = next(timing for row in result.rows for timing in row.timings)
-    image = "x".join(map(str, first.input_shape[1:]))
-    console.print(
-        Text.assemble(
-            (result.subject, "bold"), f"  on {first.device}, images {image}, {first.precision}, {first.threads} threads"
-        )
-    )
-    both = any(row.speedup for row in result.rows)
-    names = [f">{timing.network}" for timing in next(row for row in result.rows if row.timings).timings]
-    columns = (*names, ">speed-up", "95 % interval", ">images/s") if both else (">latency", ">images/s")
-    table = _table("runtime", ">batch", *columns)
-    for row in result.rows:
-        if not row.timings:
-            continue
-        last = row.timings[-1]
-        cells: list[str | Text] = [_time(last.median)]
-        if row.speedup is not None:
-            style = "" if not row.speedup.differs else "green" if row.speedup.ratio > 1 else "red"
-            cells = [_time(row.timings[0].median), *cells, Text(f"{row.speedup.ratio:.2f}x", style)]
-            cells.append(f"{row.speedup.low:.2f} .. {row.speedup.high:.2f}")
-        table.add_row(row.runtime, str(row.batch), *cells, f"{last.images_per_second:,.0f}")
-    console.print(table)
-    runs = sorted({len(timing.seconds) for row in result.rows for timing in row.timings})
-    console.print(
-        f"medians of {runs[0]}{f' to {runs[-1]}' if runs[-1] > runs[0] else ''} interleaved runs per network, all kept"
-    )
-    for row in result.rows:
-        if row.speedup is not None and not row.speedup.differs:
-            console.print(
-                f"{row.runtime}, batch {row.batch}: no difference (the interval includes 1, or the effect is under 1 %)"
-            )
-        for warning in row.warnings:
-            console.print(Text(f"warning: {row.runtime}, batch {row.batch}, {warning}", "yellow"))
-        if row.missing:
-            console.print(
-                Text(f"{row.runtime} on {row.device}: {row.missing}" + (f"; {row.hint}" if row.hint else ""), "yellow")
-            )
-    for note in result.notes:
-        console.print(Text(f"note: {note}", "yellow"))
-
-
 def show_families(found: tuple[FamilyInfo, ...]) -> None:
-    if _printed(found, "repdeploy.families/1", "families"):
+    if printed(found, "repdeploy.families/1", "families"):
         return
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -333,9 +266,9 @@ def show_families(found: tuple[FamilyInfo, ...]) -> None:
 
 
 def show_doctor(found: tuple[Tool, ...]) -> None:
-    if _printed(found, "repdeploy.doctor/1", "tools"):
+    if printed(found, "repdeploy.doctor/1", "tools"):
         return
-    table = _table("what", "for~", "state", "version~", "how to get it~")
+    table = table_of("what", "for~", "state", "version~", "how to get it~")
     for item in found:
         table.add_row(
             item.name, item.purpose, Text(item.state, "green" if item.state == "ready" else "yellow"), item.version, item.hint
@@ -343,23 +276,10 @@ def show_doctor(found: tuple[Tool, ...]) -> None:
     stdout().print(table)
 
 
-def _printed(record: Any, schema: str = "", name: str = "") -> bool:
-    """Whether --json was asked for, and so the record was printed as one document."""
-    if not options.as_json():
-        return False
-    import json
-
-    from repdeploy.records import plain
-
-    document = {"schema": schema, name: plain(record)} if name else plain(record)
-    print(json.dumps(document, indent=1, ensure_ascii=False))
-    return True
-
-
 def _summary(console: Console, source: Source, family: str, architecture: str) -> None:
     where = f", under {source.where!r}" if source.where else ""
     prefix = f", prefix {source.prefix!r} stripped" if source.prefix else ""
-    console.print(Text.assemble((source.file, "bold"), f"  {source.container}, {_size(source.bytes)}{where}{prefix}"))
+    console.print(Text.assemble((source.file, "bold"), f"  {source.container}, {size_of(source.bytes)}{where}{prefix}"))
     if source.container.startswith("ONNX"):
         console.print(f"{family}: {architecture}")
         return
@@ -398,11 +318,11 @@ def _verdict(console: Console, manifest: Manifest) -> None:
 
 
 def _checks(checks: Iterable[Check]) -> Table:
-    table = _table("gate", "what~", ">error", ">budget", "")
+    table = table_of("gate", "what~", ">error", ">budget", "")
     for check in checks:
         mark = Text("ok", "green") if check.passed else Text("FAILED", "bold red")
-        error = "-" if check.failure and check.error == float("inf") else _number(check.error)
-        table.add_row(check.gate, check.subject, error, _number(check.budget), mark)
+        error = "-" if check.failure and check.error == float("inf") else number_of(check.error)
+        table.add_row(check.gate, check.subject, error, number_of(check.budget), mark)
     return table
 
 
@@ -417,7 +337,7 @@ def _blocks(console: Console, blocks: tuple[BlockReport, ...]) -> None:
     long = dict.fromkeys(block.formula for block in shown if len(block.formula) > room)
     letters = dict(zip(long, ascii_uppercase, strict=False))
     head = "" if all(block.formula in letters for block in shown) else "branches~"
-    table = _table("block", head, "fused", ">parameters", *((">error",) if proved else ()))
+    table = table_of("block", head, "fused", ">parameters", *((">error",) if proved else ()))
     table.columns[1].min_width = len(head.rstrip("~")) or None
     for index, block in enumerate(shown):
         if len(shown) < len(blocks) and index == len(shown) - 1:
@@ -454,7 +374,7 @@ def _pruning(console: Console, pruning: Pruning) -> None:
         console.print("no channel leaves the network")
         return
     console.print()
-    table = _table("pruned", ">width", ">now", ">removed")
+    table = table_of("pruned", ">width", ">now", ">removed")
     layers = pruning.layers
     shown = layers if len(layers) <= MAX_BLOCK_ROWS else (*layers[: MAX_BLOCK_ROWS - 2], layers[-1])
     for index, layer in enumerate(shown):
@@ -465,13 +385,13 @@ def _pruning(console: Console, pruning: Pruning) -> None:
     flops, parameters = (
         f"{text(before)} -> {text(after)} ({after / before - 1:+.1%})"
         for before, after, text in (
-            (pruning.flops_before, pruning.flops_after, _flops),
+            (pruning.flops_before, pruning.flops_after, flops_of),
             (pruning.parameters_before, pruning.parameters_after, "{:,}".format),
         )
     )
     console.print(f"{pruning.removed} channels leave the fused network: {flops}, parameters {parameters}")
     if pruning.cost is not None:
-        console.print(f"what pruning costs: the training-time outputs change by {_number(pruning.cost)} (relative)")
+        console.print(f"what pruning costs: the training-time outputs change by {number_of(pruning.cost)} (relative)")
 
 
 def _share_gone(layer: PrunedLayer) -> str:
@@ -487,8 +407,8 @@ def _graph(console: Console, graph: GraphReport) -> None:
     console.print("operators: " + ", ".join(f"{name} {before[name]} -> {after.get(name, 0)}" for name in most))
     images = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in graph.sampled)
     console.print(
-        f"squeezed regions, estimated at {images}: {_flops(graph.flops_before)} -> {_flops(graph.flops_after)}, "
-        f"{_size(graph.bytes_before)} -> {_size(graph.bytes_after)} moved"
+        f"squeezed regions, estimated at {images}: {flops_of(graph.flops_before)} -> {flops_of(graph.flops_after)}, "
+        f"{size_of(graph.bytes_before)} -> {size_of(graph.bytes_after)} moved"
     )
 
 
@@ -512,15 +432,8 @@ def _stays(console: Console, graph: GraphReport, explain: bool) -> None:
         console.print(Text.assemble((f"{operator} stays", "bold"), f" ({len(nodes)}x): {reason}"))
         names = [node.name or "(no name)" for node in nodes]
         if nodes[0].flops_before is not None:
-            names = [f"{node.name}: {_flops(node.flops_before or 0)} -> {_flops(node.flops_after or 0)}" for node in nodes]
+            names = [f"{node.name}: {flops_of(node.flops_before or 0)} -> {flops_of(node.flops_after or 0)}" for node in nodes]
         console.print(Padding(", ".join(names), (0, 0, 0, 4)))
-
-
-def _flops(count: int) -> str:
-    for unit, size in (("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kFLOP"
 
 
 def _judged_how(artifact: Artifact) -> list[str]:
@@ -545,7 +458,7 @@ def _precision(console: Console, artifact: Artifact) -> None:
         console.print(Text(f"in float32: {listed} ({reason})"), soft_wrap=True)
     if artifact.drift:
         worst = sorted(artifact.drift, key=lambda item: -item.error)[:DRIFTS_SHOWN]
-        listed = ", ".join(f"{item.name} {_number(item.error)}" for item in worst)
+        listed = ", ".join(f"{item.name} {number_of(item.error)}" for item in worst)
         more = f" (of {len(artifact.drift)} layers; --json has them all)" if len(artifact.drift) > len(worst) else ""
         console.print(Text(f"largest drift from float64: {listed}{more}"), soft_wrap=True)
 
@@ -562,7 +475,7 @@ def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
     """Per block and branch, then each kind of branch over all blocks."""
     from statistics import median
 
-    table = _table("block", "branch~", ">share", ">norm", ">closest", ">dead channels")
+    table = table_of("block", "branch~", ">share", ">norm", ">closest", ">dead channels")
     shown = blocks[:MAX_BLOCK_ROWS]
     names = min(
         max((len(block.name) for block in shown), default=0), max(console.width - BRANCH_COLUMNS - LEAST_FORMULA, SHORTEST_NAME)
@@ -588,7 +501,7 @@ def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
         console.print(f"{letter} = {formula}")
     if len(blocks) > MAX_BLOCK_ROWS:
         console.print(f"... {len(blocks) - MAX_BLOCK_ROWS} more; --json has them all")
-    summary = _table("branch of all blocks~", ">blocks", ">median share", "from .. to", ">dead in")
+    summary = table_of("branch of all blocks~", ">blocks", ">median share", "from .. to", ">dead in")
     kinds = dict.fromkeys((index, item.formula) for block in blocks for index, item in enumerate(block.branches))
     for index, formula in sorted(kinds):
         found = [item for block in blocks for item in block.branches[index : index + 1] if item.formula == formula]
@@ -608,7 +521,7 @@ def _facts(console: Console, facts: tuple[Fact, ...]) -> None:
     if not facts:
         return
     console.print()
-    table = _table("fact", ">value", "blocks~", "origin~")
+    table = table_of("fact", ">value", "blocks~", "origin~")
     for fact in sorted(facts, key=lambda fact: (fact.name, fact.value)):
         scopes = [scope or "(root)" for scope in fact.scopes]
         where = ", ".join(scopes) if len(scopes) <= 3 else f"{len(scopes)} blocks"
@@ -619,15 +532,6 @@ def _facts(console: Console, facts: tuple[Fact, ...]) -> None:
 
 def _parameters(console: Console, before: int, after: int) -> None:
     console.print(f"parameters {before:,} -> {after:,} ({after / before - 1:+.1%})")
-
-
-def _table(*columns: str) -> Table:
-    """Column names; a leading > aligns numbers to the right, a trailing ~ lets long text wrap."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    for name in columns:
-        side: Literal["left", "right"] = "right" if name.startswith(">") else "left"
-        table.add_column(name.strip(">~"), justify=side, no_wrap=not name.endswith("~"), overflow="fold")
-    return table
 
 
 def _grouped_by_reason(dropped: tuple[tuple[str, str], ...]) -> list[tuple[str, str]]:
@@ -647,18 +551,6 @@ def _input(shape: tuple[int, ...], dynamic: tuple[str, ...]) -> str:
 
 def _count(names: tuple[str, ...]) -> str:
     return ", ".join(names) if len(names) <= 4 else f"{names[0]} ... {names[-1]} ({len(names)})"
-
-
-def _number(value: float) -> str:
-    return f"{value:.1e}" if value else "0"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _tidy(text: str) -> str:

@@ -98,6 +98,8 @@ class NcnnCpu:
     name: str = "ncnn"
     device: str = "cpu"
     precision: str = "float32"
+    layout: str = "NCHW"
+    by_default: bool = True
     needs: str = "ncnn"
 
     def missing(self) -> Missing | None:

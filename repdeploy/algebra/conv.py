@@ -166,6 +166,8 @@ def _compose(first: Conv, second: Conv, whole: Geometry) -> Tensor:
         _group_view(kernels, second_groups, second.groups).add_(_grouped(second, second_groups))
     # every row of the second kernel beside the channels it reads: (out / its groups, all middle channels, ...)
     rows = kernels.unflatten(0, (second_groups, -1)).transpose(0, 1).flatten(1, 2)
+    if first.weight.shape[2:] == (1, 1) and second_groups == first.groups == 1:
+        return torch.einsum("omhw,mi->oihw", kernels, first.weight[:, :, 0, 0])  # one matrix product, twice as fast
     # where a kernel has one tap along an axis, its step there means nothing
     (down, across), step = whole.dilation, (first.stride[0] * second.dilation[0], first.stride[1] * second.dilation[1])
     composed = F.conv_transpose2d(

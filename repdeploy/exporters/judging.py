@@ -18,7 +18,7 @@ from repdeploy.graph.interpreter import CannotInterpret
 from repdeploy.graph.onnx_source import read_onnx
 from repdeploy.graph.typed import TypedGraph
 from repdeploy.records import Check
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 
 RUNS = "1 where it does not load or run"
 REDUCED_TYPES = {ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT16: "fp16"}

@@ -20,7 +20,7 @@ from repdeploy.graph.regions import living
 from repdeploy.graph.sample_inputs import Arrays, InputPlan
 from repdeploy.graph.squeezer import Squeezed
 from repdeploy.records import Check
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 
 PRECISIONS = {
     ir.DataType.FLOAT: "fp32",

@@ -4,10 +4,10 @@ Entry-point group `repdeploy.runtimes`.
 """
 
 from repdeploy.plugins import Group
-from repdeploy.runtimes.interface import Job, Missing, Runtime, Session
+from repdeploy.runtimes.interface import Job, Missing, Profiling, Runtime, Session
 
 RUNTIMES: Group[Runtime] = Group(
     "repdeploy.runtimes", "runtime", "repdeploy.runtimes.Runtime", lambda item: isinstance(item, Runtime)
 )
 
-__all__ = ["RUNTIMES", "Job", "Missing", "Runtime", "Session"]
+__all__ = ["RUNTIMES", "Job", "Missing", "Profiling", "Runtime", "Session"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
+from repdeploy.measurements import RanLayer
 from repdeploy.vouching import Compiled
 
 if TYPE_CHECKING:
@@ -67,6 +68,14 @@ class Runtime(Protocol):
     def precision(self) -> str: ...
 
     @property
+    def layout(self) -> str:
+        """Of activations in memory, as the caller gives them: NCHW or NHWC."""
+
+    @property
+    def by_default(self) -> bool:
+        """Whether a benchmark measures it without being asked for it by name."""
+
+    @property
     def needs(self) -> str:
         """What of a network it runs: NETWORK, ONNX, or the kind of a compiled file ("tensorrt", "ncnn")."""
 
@@ -75,3 +84,23 @@ class Runtime(Protocol):
 
     def open(self, job: Job) -> AbstractContextManager[Session]:
         """Load the network. Raises BackendFailed where the runtime does not take it."""
+
+
+@runtime_checkable
+class Enqueuing(Protocol):
+    """A session whose host enqueues work for a device."""
+
+    def enqueue(self, x: Feeds | np.ndarray) -> tuple[float, ...]:
+        """Seconds of the host until everything was enqueued, one per run; none where host and device are one."""
+
+
+@runtime_checkable
+class Profiling(Protocol):
+    """A runtime that can tell what ran inside a network. Others need not have it."""
+
+    @property
+    def profile_environment(self) -> Mapping[str, str]:
+        """Variables that the process must have been started with, because libraries read them once."""
+
+    def profile(self, job: Job, x: Feeds | np.ndarray, runs: int) -> tuple[str, tuple[RanLayer, ...]]:
+        """How it is known, and every operator in the order it ran, with its median time. Raises BackendFailed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ import ml_dtypes
 import numpy as np
 
 from repdeploy.errors import BackendFailed, words
-from repdeploy.runtimes import cuda_memory
+from repdeploy.measurements import RanLayer
+from repdeploy.runtimes import cuda_memory, tensorrt_profile
 from repdeploy.runtimes.cuda_memory import DeviceArrays
 from repdeploy.runtimes.interface import Feeds, Job, Missing
 
@@ -29,16 +29,6 @@ ARRAYS: Mapping[str, np.dtype] = {
     "UINT8": np.dtype(np.uint8),
 }  # fmt: skip
 """TensorRT's types as numpy's."""
-TYPE_WORDS = (
-    ("bf16", re.compile(r"bf16|bfloat16", re.I)),
-    ("fp16", re.compile(r"fp16|\bhalf\b|float16", re.I)),
-    ("fp32", re.compile(r"fp32|\bfloat\b|float32", re.I)),
-    ("fp8", re.compile(r"fp8", re.I)),
-    ("int8", re.compile(r"int8", re.I)),
-    ("int4", re.compile(r"int4", re.I)),
-)
-"""How the inspector writes types: 10 in one string with the layout, 11 in a field of its own."""
-TYPE_FIELDS = ("DataType", "Datatype", "Format/DataType", "Format/Datatype", "Format")
 
 
 def missing() -> Missing | None:
@@ -60,7 +50,13 @@ class TensorRtCuda:
     name: str = "tensorrt"
     device: str = "cuda"
     precision: str = "as built"
+    layout: str = "NCHW"
+    by_default: bool = True
     needs: str = "tensorrt"
+
+    @property
+    def profile_environment(self) -> Mapping[str, str]:
+        return {}
 
     def missing(self) -> Missing | None:
         return missing()
@@ -75,6 +71,10 @@ class TensorRtCuda:
             yield session
         finally:
             session.close()
+
+    def profile(self, job: Job, x: Feeds | np.ndarray, runs: int) -> tuple[str, tuple[RanLayer, ...]]:
+        with self.open(job) as session:
+            return "TensorRT's profiler and inspector", session.ran(x, runs)
 
 
 CUDA = TensorRtCuda()
@@ -131,10 +131,18 @@ class EngineSession:
 
     def layers(self) -> tuple[EngineLayer, ...]:
         """What the engine really is; names only, where it was built without detailed profiling."""
-        inspector = self._engine.create_engine_inspector()
-        inspector.execution_context = self._context  # without it, layers of open sizes tell less
-        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
-        return tuple(_layer(item) for item in json.loads(text).get("Layers", []))
+        return tuple(_layer(item) for item in self._inspected())
+
+    def ran(self, x: Feeds | np.ndarray, runs: int) -> tuple[RanLayer, ...]:
+        """Every layer with its median time over `runs`, on the shapes of x. Raises BackendFailed where runs differ."""
+        once = self.timer(x)
+        once()
+        listener = tensorrt_profile.listener(self._trt)
+        self._context.profiler = listener
+        for _ in range(runs):
+            listener.begin()
+            once()
+        return tensorrt_profile.joined(listener.runs, self._inspected())
 
     def run_all(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, in the engine's types."""
@@ -158,6 +166,12 @@ class EngineSession:
 
     def close(self) -> None:
         self._arrays.close()
+
+    def _inspected(self) -> list[Any]:
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context  # without it, layers of open sizes tell less
+        text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return list(json.loads(text).get("Layers", []))
 
     def _bind(self, feeds: Mapping[str, np.ndarray]) -> None:
         for name in self.inputs:
@@ -241,12 +255,7 @@ def _layer(item: Any) -> EngineLayer:
     if isinstance(item, str):
         return EngineLayer(item, "", ())
     tensors = [tensor for side in ("Inputs", "Outputs") for tensor in item.get(side, ()) if isinstance(tensor, dict)]
-    found = (_type_of(tensor) for tensor in tensors)
+    found = (tensorrt_profile.type_of(tensor) for tensor in tensors)
     return EngineLayer(
         item.get("Name", ""), item.get("LayerType", ""), tuple(name for name in found if name), str(item.get("TacticName", ""))
     )
-
-
-def _type_of(tensor: Mapping[str, Any]) -> str:
-    said = next((str(tensor[field]) for field in TYPE_FIELDS if field in tensor), "")
-    return next((name for name, words in TYPE_WORDS if words.search(said)), "")

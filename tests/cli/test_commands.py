@@ -51,7 +51,7 @@ def test_bench_on_the_cpu_fills_and_merges_rows(repdeploy: CommandLine, ckpt: Pa
     answer = repdeploy("bench", "--batch", "1", "--seconds", "0.2", "--json")
     assert answer.status == 0, answer.stderr
     document = answer.json
-    assert document["schema"] == "repdeploy.bench/1"
+    assert document["schema"] == "repdeploy.bench/2"
     ours = {("torch", 1), ("onnxruntime", 1)}
     assert ours <= {(row["runtime"], row["batch"]) for row in document["rows"]}
     document["rows"] = [row for row in document["rows"] if not row["missing"]]

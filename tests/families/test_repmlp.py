@@ -20,7 +20,7 @@ from repdeploy.errors import IllegalInput, InputError, RepDeployError, UsageErro
 from repdeploy.facts import Setting, parse_settings
 from repdeploy.rebuild import fact_kinds
 from repdeploy.registry import families
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from sample_models.backbones import settled
 from sample_models.repmlp import RepMLPBlock, RepMLPBlock2021, RepMLPNet
 from sample_models.scatter import scatter

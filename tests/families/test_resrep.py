@@ -22,7 +22,7 @@ from repdeploy.checkpoint import load
 from repdeploy.errors import IllegalInput, InputError, UsageError
 from repdeploy.facts import Setting
 from repdeploy.records import Conversion
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from sample_models import acnet
 from sample_models.acnet import save_hdf5
 from sample_models.backbones import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import repdeploy
 from repdeploy.checkpoint import load
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from sample_models.digits import load_digits
 from sample_models.repconv import classifier
 from sample_models.samples import SAMPLES, Sample

@@ -17,7 +17,7 @@ from repdeploy.network import describe
 from repdeploy.rebuild import fact_kinds, reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from tests.golden.cases import Case, cases
 
 NETWORKS = (

@@ -17,7 +17,7 @@ from repdeploy.pruning import thin
 from repdeploy.rebuild import reader
 from repdeploy.recognise import recognise
 from repdeploy.registry import families
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 from tests.golden.cases import Case, cases
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import repdeploy
 from repdeploy.bundle import Bundle, check_target, new_bundle, newest, replacing, save_references
 from repdeploy.errors import InputError, UsageError
+from repdeploy.measurements import Interval, Timing
 from repdeploy.pipeline import stem
-from repdeploy.records import Interval, Manifest, Timing, manifest_from_json, plain, to_json
+from repdeploy.records import Manifest, manifest_from_json, plain, to_json
 from repdeploy.weights_file import WeightsWriter
 from tests.conftest import sha256, tree
 from tests.networks import repvgg, save

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import repdeploy
 from repdeploy import plugins, registry
 from repdeploy.errors import UnknownFamily, UsageError
-from repdeploy.runtimes.onnx_cpu import OnnxSession
+from repdeploy.runtimes.onnx_runtime import OnnxSession
 
 GROUP = registry.FAMILIES.group
 PLUGIN = Path(__file__).parents[1] / "example_plugin"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,12 +59,16 @@ class Tensor:
 
 @dataclass
 class Layer:
-    """What the inspector calls a layer: one node, or a convolution with the Relu behind it."""
+    """What the inspector calls a layer: one node, or a convolution with the Relu behind it.
+
+    `parameters`: of a convolution, under the inspector's names.
+    """
 
     name: str
     operator: str
     inputs: list[Tensor]
     outputs: list[Tensor]
+    parameters: dict[str, Any] = field(default_factory=dict)
 
 
 class Graph:
@@ -113,8 +118,35 @@ class Graph:
             if node.op_type == "Conv" and len(after) == 1 and after[0].op_type == "Relu" and node.output[0] not in ends:
                 fused.add(id(after[0]))
                 name, outputs = f"{name} + {node_name(after[0])}", list(after[0].output)
-            found.append(Layer(name, node.op_type, inputs, [self.tensor(each) for each in outputs if each]))
+            parameters = self._parameters(node, "NONE" if outputs == list(node.output) else "RELU")
+            found.append(Layer(name, node.op_type, inputs, [self.tensor(each) for each in outputs if each], parameters))
         return found
+
+    def _parameters(self, node: onnx.NodeProto, activation: str) -> dict[str, Any]:
+        """As NVIDIA's documentation shows them for a convolution ("Engine Inspector")."""
+        stored = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        if node.op_type != "Conv" or node.input[1] not in stored:
+            return {}
+        weights, bias = stored[node.input[1]], stored.get(node.input[2]) if len(node.input) > 2 else None
+        axes = len(weights.dims) - 2
+        said = {item.name: list(item.ints) or item.i for item in node.attribute}
+        pads = said.get("pads", [0] * 2 * axes)
+        return {
+            "ParameterType": "Convolution",
+            "Kernel": list(weights.dims[2:]),
+            "PaddingMode": "kEXPLICIT_ROUND_DOWN",
+            "PrePadding": pads[:axes],
+            "PostPadding": pads[axes:],
+            "Stride": said.get("strides", [1] * axes),
+            "Dilation": said.get("dilations", [1] * axes),
+            "OutMaps": weights.dims[0],
+            "Groups": said.get("group", 1),
+            "Weights": {"Type": KINDS[weights.data_type].eleven, "Count": math.prod(weights.dims)},
+            "Bias": {"Type": KINDS[bias.data_type if bias else weights.data_type].eleven, "Count": bias.dims[0] if bias else 0},
+            "Activation": activation,
+            "HasBias": int(bias is not None),
+            "HasReLU": int(activation == "RELU"),
+        }
 
 
 def tensor_of(value: onnx.ValueInfoProto) -> Tensor:

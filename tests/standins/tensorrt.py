@@ -1309,7 +1309,7 @@ class EngineInspector(Behaviour):
         self._ten = not self._world.strongly_typed_always
 
     def get_engine_information(self, format: Any) -> str:
-        layers = [self._layer(layer) for layer in self._engine._layers]
+        layers = [self._layer(layer) for layer in self._layers()]
         if format.name != "JSON":
             return "Layers:\n" + "\n".join(self._line(layer) for layer in layers)
         if self._ten:
@@ -1318,8 +1318,13 @@ class EngineInspector(Behaviour):
         return json.dumps({"Layers": layers, "I/O Tensors": tensors}, indent=1)
 
     def get_layer_information(self, layer_index: int, format: Any) -> str:
-        layer = self._layer(self._engine._layers[layer_index])
+        layer = self._layer(self._layers()[layer_index])
         return json.dumps(layer, indent=1) if format.name == "JSON" else self._line(layer)
+
+    def _layers(self) -> list[Layer]:
+        """With a context whose shapes are set, open sizes are those of its shapes."""
+        context = self.execution_context
+        return self._engine._layers if context is None or context._missing() else context._fixed().layers()
 
     @staticmethod
     def _line(layer: Any) -> str:
@@ -1333,6 +1338,7 @@ class EngineInspector(Behaviour):
             "LayerType": "CaskConvolution" if layer.operator == "Conv" else layer.operator,
             "Inputs": [self._tensor(tensor) for tensor in layer.inputs],
             "Outputs": [self._tensor(tensor) for tensor in layer.outputs],
+            **layer.parameters,
             "TacticName": self._tactic(layer),
             "Metadata": "",
         }
@@ -1419,10 +1425,14 @@ class IExecutionContext(Behaviour):
             return self._shapes.get(name, self.engine._tensor(name).shape)
         if self._missing():
             return self.engine._tensor(name).shape
+        return self._fixed().tensor(name).shape
+
+    def _fixed(self) -> Graph:
+        """The graph at the shapes that are set."""
         key = tuple(sorted(self._shapes.items()))
         if key not in self._inferred:
             self._inferred[key] = self.engine._graph.fixed(self._shapes)
-        return self._inferred[key].tensor(name).shape
+        return self._inferred[key]
 
     def _missing(self) -> list[str]:
         return [tensor.name for tensor in self.engine._graph.inputs if tensor.name not in self._shapes]
