@@ -20,6 +20,8 @@ LIBRARIES = (
     ("onnxruntime", "verifying and measuring ONNX on the CPU", "pip install onnxruntime"),
     ("h5py", "reading .hdf5 checkpoints", "pip install h5py"),
     ("safetensors", "reading and writing .safetensors", "pip install safetensors"),
+    ("matplotlib", "plots of the report", "pip install repdeploy[report]"),
+    ("jinja2", "pages of the report", "pip install repdeploy[report]"),
     ("onnxsim", "simplifying ONNX", "pip install repdeploy[simplify]"),
 )
 

@@ -329,6 +329,7 @@ def export(
 
 def bench(
     subject: PathLike | None = None,
+    other: PathLike | None = None,
     *,
     device: str = "cpu",
     batch: Sequence[int] | None = None,
@@ -342,7 +343,8 @@ def bench(
     baseline: PathLike | None = None,
     progress: Progress = silent,
 ) -> Bench:
-    """Measure training-time against deploy network per runtime and batch size (a bundle), or one ONNX file or TensorRT plan.
+    """Measure training-time against deploy network per runtime and batch size (a bundle), one ONNX file or TensorRT plan alone,
+    or one ONNX file against an `other`.
 
     `batch`: 1 and 8 when left out, or the one that a graph is fixed to. `trust_engine`: load a plan that no manifest vouches
     for; that can run code of whoever built it. `latency_only`: no memory, nothing from inside the networks, no density table.
@@ -363,6 +365,11 @@ def bench(
     earlier = results.read(Path(baseline)) if baseline is not None else None
     path = Path(subject) if subject is not None else newest_bundle()
     opened, image, own_batch, available = _measurable(path, shape, trust_engine)
+    second = Path(other) if other is not None else None
+    if second is not None:
+        for file in (path, second):
+            if file.suffix != GRAPH_SUFFIX or not file.is_file():
+                raise UsageError(f"{file} is no ONNX file", hint="a bundle is measured alone, two ONNX files beside each other")
     count = threads or cores()
     here = environment(count)
     before = results.stored(opened) if opened is not None else None
@@ -376,6 +383,7 @@ def bench(
         tuple(runtime),
         available,
         deep=not latency_only,
+        other=second,
         before=results.resumable(before, image, device, count, here) if resume else None,
     )
 
@@ -467,6 +475,7 @@ def _measurable(
     from repdeploy.vouching import PLAN_SUFFIXES, compiled_files, require_vouched
 
     available: set[str] = {NETWORK, ONNX}
+    with_torch = importlib.util.find_spec("torch") is not None
     if path.is_file() and path.suffix in PLAN_SUFFIXES:
         known = require_vouched(path, trust_engine)
         taken = shape or known.input_shape
@@ -474,18 +483,19 @@ def _measurable(
             raise UsageError(f"{path.name} does not say its image size before it is loaded", hint="give it with --input-shape")
         return None, taken[1:], None, {"tensorrt"}
     if path.is_file():
-        from repdeploy.verification import fixed_batch, image_of_file
+        from repdeploy.graph.file_images import fixed_batch, image_of_file
 
-        return None, tuple(image_of_file(path, shape)), fixed_batch(path), available
+        batch = fixed_batch(path)
+        return None, image_of_file(path, shape), batch, available if with_torch else {ONNX}
     opened = Bundle(path)
     opened.require_verified()
     taken = shape or opened.manifest.input_shape
     available |= set(compiled_files(opened))
     own_batch = None
-    if importlib.util.find_spec("torch") is None:
+    if not with_torch:
         available -= {NETWORK, ONNX}  # what is left of a bundle is what was compiled
     elif opened.manifest.graph is not None:
-        from repdeploy.verification import fixed_batch
+        from repdeploy.graph.file_images import fixed_batch
 
         own_batch = fixed_batch(opened.squeezed_graph())
     else:

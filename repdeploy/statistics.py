@@ -19,12 +19,13 @@ RESAMPLES = 4000
 CONFIDENCE = 0.95
 
 
-def warm_up(timers: Sequence[Callable[[], float]], most: float = MAX_WARMUP_SECONDS) -> tuple[int, bool]:
-    """Run all timers in turn until each is steady, by time and by count, for `most` seconds at most.
+def warm_up(timers: Sequence[Callable[[], float]], most: float | None = None) -> tuple[int, bool]:
+    """Run all timers in turn until each is steady, by time and by count, for `most` seconds at most (MAX_WARMUP_SECONDS).
 
     Returns the runs each had, and whether all became steady.
     """
     started, runs = time.perf_counter(), 0
+    longest = MAX_WARMUP_SECONDS if most is None else most
     history: list[list[float]] = [[] for _ in timers]
     while True:
         for timer, seen in zip(timers, history, strict=True):
@@ -32,7 +33,7 @@ def warm_up(timers: Sequence[Callable[[], float]], most: float = MAX_WARMUP_SECO
         runs += 1
         elapsed = time.perf_counter() - started
         steady = all(_steady(seen) for seen in history)
-        if (steady and elapsed >= MIN_WARMUP_SECONDS and runs >= MIN_WARMUP_RUNS) or elapsed >= most:
+        if (steady and elapsed >= MIN_WARMUP_SECONDS and runs >= MIN_WARMUP_RUNS) or elapsed >= longest:
             return runs, steady
 
 

@@ -16,10 +16,10 @@ from repdeploy.checkpoint import Checkpoint
 from repdeploy.digest import digest
 from repdeploy.errors import BackendFailed, InputError, UsageError
 from repdeploy.exporters.judging import REDUCED, onnx_checks, precision_of
-from repdeploy.exporters.onnx_file import image_of
 from repdeploy.exporters.registry import EXPORTERS
 from repdeploy.exporters.subject import recorded_cases
 from repdeploy.family import Family
+from repdeploy.graph.file_images import image_of, known_file
 from repdeploy.graph.onnx_source import read_onnx
 from repdeploy.graph.sample_inputs import of_batch
 from repdeploy.graph.typed import TypedGraph
@@ -218,27 +218,5 @@ def _precision(path: Path) -> str:
     return precision_of(read_onnx(opened.squeezed_graph() if opened is not None else path).model)
 
 
-def known_file(path: Path) -> Path:
-    """Raises UsageError for a file that is no ONNX file."""
-    if path.suffix != ".onnx":
-        raise UsageError(f"{path.name} is neither a bundle nor an ONNX file", hint="give a bundle's folder or an .onnx file")
-    return path
-
-
 def times(shape: Sequence[object]) -> str:
     return "x".join(map(str, shape))
-
-
-def fixed_batch(path: Path) -> int | None:
-    """The batch that an ONNX file is fixed to; None where it is open."""
-    sizes = image_of(known_file(path))[0]
-    return sizes[0] if sizes else None
-
-
-def image_of_file(path: Path, shape: tuple[int, ...] | None) -> tuple[int, int, int]:
-    """The image an ONNX file takes, or the one that was asked for. Raises UsageError where neither is known."""
-    own, _ = image_of(known_file(path))
-    channels, height, width = shape[1:] if shape else own[1:] if len(own) == 4 else (None, None, None)
-    if channels is None or height is None or width is None:
-        raise UsageError(f"{path.name} takes images of any size", hint="choose one with --input-shape 1x3x224x224")
-    return channels, height, width

@@ -48,6 +48,7 @@ def main() -> None:
     repdeploy(folder, "export")
     repdeploy(folder, "verify")
     repdeploy(folder, "bench", "--device", "cpu", "--batch", "1", "--batch", "64", "--seconds", "2")
+    repdeploy(folder, "report")
 
     import onnxruntime
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from repdeploy_cli.terminal import flops_of, printed, size_of, stdout, table_of, time_of
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
         TrainSteps,
     )
 
+WIDE = 100
+"""Columns of a terminal that has room for the tail of latencies too."""
 MOST_KERNELS = 3
 """Names of kernels shown per network, those that took most time."""
 MEASURES = {"saved": "saved for backward", "allocated": "allocator peak"}
@@ -43,13 +46,14 @@ def show_bench(result: Bench, *, layers: bool = False, strict: bool = False) -> 
     image = "x".join(map(str, first.input_shape[1:]))
     console.print(
         Text.assemble(
-            (result.subject, "bold"), f"  on {first.device}, images {image}, {first.precision}, {first.threads} threads"
+            (result.subject, "bold"),
+            f"  on {first.device}, images {image}, {first.precision}, {first.threads} threads, caches {first.l2}",
         )
     )
     _latency(console, measured)
     for row in result.rows:
         for line in _remarks(row):
-            console.print(line, soft_wrap=True)
+            console.print(line)
     _memory(console, measured)
     _inside(console, measured, result.roof(first.device))
     if layers:
@@ -60,7 +64,7 @@ def show_bench(result: Bench, *, layers: bool = False, strict: bool = False) -> 
     _findings(console, measured)
     _baseline(console, result)
     for note in result.notes:
-        console.print(Text(f"note: {note}", "yellow"), soft_wrap=True)
+        console.print(Text(f"note: {note}", "yellow"))
     if status == TOO_UNSTABLE:
         console.print(Text("too unstable (--strict): see the warnings above", "bold red"))
     return status
@@ -74,9 +78,12 @@ def _status(result: Bench, strict: bool) -> int:
 
 def _latency(console: Console, rows: list[BenchRow]) -> None:
     names = max((tuple(timing.network for timing in row.timings) for row in rows), key=len)
-    both, with_tail = len(names) == 2, all("p90" in row.timings[-1].percentiles for row in rows)
+    both = len(names) == 2
+    with_tail = console.width >= WIDE and all("p90" in row.timings[-1].percentiles for row in rows)
     tail = (">p90",) if with_tail else ()
-    columns = (*(f">{name}" for name in names), *tail, ">speed-up", "95 % interval") if both else (">latency", *tail)
+    columns = (
+        (*(f">{name.removesuffix('-time')}" for name in names), *tail, ">speed-up", "95 %") if both else (">latency", *tail)
+    )
     table = table_of("runtime", ">batch", *columns, ">images/s")
     for row in rows:
         last = row.timings[-1]
@@ -95,7 +102,7 @@ def _latency(console: Console, rows: list[BenchRow]) -> None:
 
 def _ratio(ratio: Interval) -> list[str | Text]:
     style = "" if not ratio.differs else "green" if ratio.ratio > 1 else "red"
-    return [Text(f"{ratio.ratio:.2f}x", style), f"{ratio.low:.2f} .. {ratio.high:.2f}"]
+    return [Text(f"{ratio.ratio:.2f}x", style), f"{ratio.low:.2f}..{ratio.high:.2f}"]
 
 
 def _remarks(row: BenchRow) -> Iterator[Text | str]:
@@ -125,7 +132,7 @@ def _memory(console: Console, rows: list[BenchRow]) -> None:
     console.print()
     console.print(table)
     what = "of the allocator" if on_device else "of what the process grew by"
-    console.print(f"live: the exact peak of activations, from the graph as exported; {third}: the peak {what}", soft_wrap=True)
+    console.print(f"live: the exact peak of activations, from the graph as exported; {third}: the peak {what}")
 
 
 def _change(memory: tuple[Memory, ...], field: str) -> str:
@@ -137,7 +144,7 @@ def _inside(console: Console, rows: list[BenchRow], roof: Roofline | None) -> No
     rows = [row for row in rows if row.profiles]
     if not rows:
         return
-    columns = ("convolutions", ">batch", ">count", ">FLOPs 3x3", ">time 3x3", ">GFLOP/s 3x3", "kernels~")
+    columns = ("convolutions", ">batch", ">count", ">3x3: FLOPs", ">time", ">GFLOP/s", "kernels~")
     table = table_of(*columns)
     for row in rows:
         profile = row.profiles[-1]
@@ -151,9 +158,7 @@ def _inside(console: Console, rows: list[BenchRow], roof: Roofline | None) -> No
         )  # fmt: skip
     console.print()
     console.print(table)
-    console.print(
-        f"inside the {rows[0].profiles[-1].network} network; every convolution: --layers, --json or report", soft_wrap=True
-    )
+    console.print(f"inside the {rows[0].profiles[-1].network} network; every convolution: --layers, --json or report")
 
 
 def _kernels(layers: Iterable[RanLayer]) -> list[str]:
@@ -165,19 +170,21 @@ def _kernels(layers: Iterable[RanLayer]) -> list[str]:
 
 
 def _layers(console: Console, row: BenchRow, profile: Profile, roof: Roofline | None) -> None:
-    title = f"{profile.network} in {row.runtime}, batch {row.batch} ({profile.source})"
-    table = table_of("layer~", ">kernel", ">channels", ">map", ">GFLOP", ">time", ">GFLOP/s", ">of peak", "kernel that ran~")
+    wide = console.width >= WIDE
+    extra = (">map", ">GFLOP") if wide else ()
+    table = table_of("layer~", ">kernel", ">channels", *extra, ">time", ">GFLOP/s", ">of peak", "kernel that ran~")
     for layer in profile.layers:
         if layer.kind == "convolution":
             groups = "" if layer.groups == 1 else " dw" if layer.is_depthwise else f" g{layer.groups}"
+            sizes = ("x".join(map(str, layer.output_shape[2:])), f"{layer.flops / 1e9:.3f}") if wide else ()
             table.add_row(
-                layer.name, "x".join(map(str, layer.kernel)) + groups, f"{layer.inputs} -> {layer.outputs}",
-                "x".join(map(str, layer.output_shape[2:])), f"{layer.flops / 1e9:.3f}", time_of(layer.seconds),
-                f"{layer.gflops:,.0f}", f"{layer.gflops / roof.gflops:.0%}" if roof is not None else "", layer.implementation,
+                layer.name, "x".join(map(str, layer.kernel)) + groups, f"{layer.inputs} -> {layer.outputs}", *sizes,
+                time_of(layer.seconds), f"{layer.gflops:,.0f}", f"{layer.gflops / roof.gflops:.0%}" if roof is not None else "",
+                layer.implementation,
             )  # fmt: skip
     rest = sum(layer.seconds for layer in profile.layers if layer.kind != "convolution")
     console.print()
-    console.print(Text(title, "bold"))
+    console.print(Text(f"{profile.network} in {row.runtime}, batch {row.batch} ({profile.source})", "bold"))
     console.print(table)
     console.print(f"everything else: {time_of(rest)} ({rest / profile.seconds if profile.seconds else 0:.0%})")
 
@@ -198,11 +205,10 @@ def _density(console: Console, result: Bench) -> None:
         console.print(
             f"batch {first.batch}, {first.side}x{first.side}; at best this device reaches {roof.gflops:,.0f} GFLOP/s "
             f"({roof.gflops_by}) and copies {roof.bandwidth / 1e9:,.0f} GB/s ({roof.bandwidth_by})",
-            soft_wrap=True,
         )
     notes = dict.fromkeys(cell.note for item in result.density for cell in item.cells if cell.note)
     for note in notes:
-        console.print(f"* {note}", soft_wrap=True)
+        console.print(f"* {note}")
 
 
 def _findings(console: Console, rows: list[BenchRow]) -> None:
@@ -213,18 +219,18 @@ def _findings(console: Console, rows: list[BenchRow]) -> None:
     console.print(Text("why it is not faster", "bold"))
     for row, finding in found:
         console.print(Text.assemble((f"{row.runtime}, batch {row.batch}, {finding.kind}: ", "cyan"), finding.evidence))
-        console.print(Text(f"    {finding.remedy}", "green"))
+        console.print(Padding(Text(finding.remedy, "green"), (0, 0, 0, 4), expand=False))
 
 
 def _baseline(console: Console, result: Bench) -> None:
     if not result.baseline:
         return
-    table = table_of("against the baseline", ">batch", "network", ">time", "95 % interval", "")
+    table = table_of("against the baseline", ">batch", "network", ">time", "95 %", "")
     for item in result.baseline:
         said = Text("slower", "red") if item.is_slower else Text("faster", "green") if item.ratio.differs else Text("the same")
         table.add_row(
             item.runtime, str(item.batch), item.network, f"{item.ratio.ratio:.2f}x",
-            f"{item.ratio.low:.2f} .. {item.ratio.high:.2f}", said,
+            f"{item.ratio.low:.2f}..{item.ratio.high:.2f}", said,
         )  # fmt: skip
     console.print()
     console.print(table)
@@ -252,8 +258,8 @@ def show_suite(result: Suite) -> int:
                 row.network, f"{row.parameters / 1e6:.2f}M", flops_of(row.flops), _latency_of(row.timing), speed, paper
             )
     console.print(table)
-    console.print(f"paper: {result.paper_conditions}", soft_wrap=True)
-    ratios = table_of("times as fast", "as", "runtime", ">measured", "95 % interval", ">paper", "where~")
+    console.print(f"paper: {result.paper_conditions}")
+    ratios = table_of("times as fast", "as", "runtime", ">measured", "95 %", ">paper", "where~")
     for item in result.ratios:
         measured = ["-", ""] if item.measured is None else _ratio(item.measured)
         ratios.add_row(item.network, item.reference, item.runtime, *measured, f"{item.paper:.2f}x", item.source)
@@ -261,9 +267,9 @@ def show_suite(result: Suite) -> int:
     console.print(ratios)
     for row in result.rows:
         if row.missing:
-            console.print(Text(f"{row.network}: {row.missing}", "yellow"), soft_wrap=True)
+            console.print(Text(f"{row.network}: {row.missing}", "yellow"))
     for note in result.notes:
-        console.print(note, soft_wrap=True)
+        console.print(note)
     return 0
 
 
@@ -289,11 +295,11 @@ def show_train_steps(result: TrainSteps) -> int:
     console.print(table)
     for row in result.rows:
         if row.missing:
-            console.print(Text(f"{_trained(row)}, {row.side}x{row.side}: {row.missing}", "yellow"), soft_wrap=True)
+            console.print(Text(f"{_trained(row)}, {row.side}x{row.side}: {row.missing}", "yellow"))
     _extra(console, result)
     _gains(console, result)
     for note in result.notes:
-        console.print(note, soft_wrap=True)
+        console.print(note)
     return 0
 
 
@@ -318,7 +324,7 @@ def _extra(console: Console, result: TrainSteps) -> None:
 def _gains(console: Console, result: TrainSteps) -> None:
     if not result.gains:
         return
-    table = table_of("OREPA beside DBB", ">images", "bytes", ">extra saved", ">paper", ">faster", "95 % interval", ">paper ")
+    table = table_of("OREPA beside DBB", ">images", "bytes", ">extra saved", ">paper", ">faster", "95 %", ">paper ")
     for item in result.gains:
         low, high = item.paper_saved
         slow, fast = item.paper_faster

@@ -53,7 +53,7 @@ def with_layouts(rows: Sequence[BenchRow]) -> list[BenchRow]:
     advised = [replace(row, findings=tuple(item for item in row.findings if item.kind != LAYOUT)) for row in rows]
     for index, row in enumerate(advised):
         other = next((item for item in advised if item.runtime == f"{row.runtime}-channels-last" and _pair(row, item)), None)
-        if other is None:
+        if other is None or not (row.is_stable and other.is_stable):
             continue
         here, there = row.timings[-1], other.timings[-1]
         gain = here.median / there.median

@@ -15,8 +15,6 @@ from repdeploy.statistics import apart
 
 SAME_MACHINE = ("machine", "processor", "cores", "gpu")
 """What two benchmarks must share to be compared."""
-AFTER = ("deploy", "squeezed", "file")
-"""The networks that a baseline judges: what is shipped."""
 
 
 def read(path: Path) -> Bench:
@@ -96,11 +94,11 @@ def compared(old: Bench, new: Bench) -> tuple[Comparison, ...]:
                 hint="measure the baseline on this machine",
             )
     earlier = {(key(row), timing.network): timing for row in old.rows for timing in row.timings}
+    shipped = ((row, row.timings[-1]) for row in new.rows if row.timings)
     found = tuple(
         Comparison(row.runtime, row.device, row.batch, timing.network, apart(timing.seconds, old_timing.seconds))
-        for row in new.rows
-        for timing in row.timings
-        if timing.network in AFTER and (old_timing := _same(earlier.get((key(row), timing.network)), timing)) is not None
+        for row, timing in shipped
+        if (old_timing := _same(earlier.get((key(row), timing.network)), timing)) is not None
     )
     if not found:
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Wanted:
     only: tuple[str, ...] = ()
     available: Collection[str] = (NETWORK, ONNX)
     deep: bool = True
+    other: Path | None = None
+    """A second ONNX file, measured beside the first."""
     before: Bench | None = None
     """What an earlier benchmark measured under the same conditions, and is not measured again."""
 
@@ -76,13 +79,8 @@ def bench(wanted: Wanted, progress: Progress, on_row: OnRow) -> Bench:
                 continue
             rows += run.kept(runtime)
             for row in run.rows(runtime, Path(scratch)):
-                judged = replace(row, warnings=_doubts(row))
-                rows.append(
-                    replace(
-                        judged,
-                        findings=diagnosis.findings(judged, roof if runtime.precision == PEAK_PRECISION else None, cores()),
-                    )
-                )
+                its_roof = roof if runtime.precision == PEAK_PRECISION else None
+                rows.append(replace(row, warnings=_doubts(row), findings=diagnosis.findings(row, its_roof, cores())))
                 on_row(rows[-1])
         density = run.densities(chosen, rows, roof)
     rows = diagnosis.with_layouts(rows)
@@ -94,7 +92,7 @@ def bench(wanted: Wanted, progress: Progress, on_row: OnRow) -> Bench:
     if busy > BUSY:
         notes.insert(0, f"the machine was busy before the benchmark began: {busy:.0%} of all cores in use")
     return Bench(
-        wanted.subject.name,
+        wanted.subject.name if wanted.other is None else f"{wanted.subject.name} and {wanted.other.name}",
         tuple(rows),
         environment(wanted.threads),
         tuple(dict.fromkeys(notes)),
@@ -174,7 +172,7 @@ class _Run:
             )
 
     def _networks(self, runtime: Runtime, scratch: Path) -> tuple[Measured, ...]:
-        networks = networks_of(self.wanted.subject, runtime.needs)
+        networks = networks_of(self.wanted.subject, runtime.needs, self.wanted.other)
         if ONNX not in self.wanted.available or runtime.needs not in (NETWORK, ONNX):
             return networks
         if runtime.needs == ONNX or self.wanted.deep:
@@ -226,7 +224,7 @@ class _Run:
 
     def _memory(self, item: Measured, batch: int, memory: Memory) -> Memory:
         """What the graph itself tells beside what was measured."""
-        if not item.graph:
+        if not item.graph or find_spec("torch") is None:
             return memory
         live, at = self._live.setdefault((item.graph, batch), _peak(item, batch, self.wanted.image))
         return replace(memory, weights=_weights(Path(item.graph)), live=live or None, live_at=at)
@@ -255,6 +253,8 @@ class _Run:
         """The density table of every runtime that measured something in float32."""
         found = list(self.wanted.before.density) if self.wanted.before is not None else []
         known = {item.runtime for item in found}
+        if find_spec("torch") is None:
+            return found
         for runtime in chosen if self.wanted.deep and roof is not None else ():
             measured = any(row.timings for row in rows if row.runtime == runtime.name)
             fit = measured and runtime.needs in (NETWORK, ONNX) and runtime.precision == PEAK_PRECISION

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,9 +30,16 @@ class Measured:
     key: tuple[str, str] = ("", "")
 
 
-def networks_of(subject: Path, needs: str = "") -> tuple[Measured, ...]:
-    """What a bundle or file has for a runtime that needs that (`Runtime.needs`): before and after, or one alone."""
+def networks_of(subject: Path, needs: str = "", other: Path | None = None) -> tuple[Measured, ...]:
+    """What a bundle or file has for a runtime that needs that (`Runtime.needs`): before and after, or one alone.
+
+    `other`: an ONNX file that is measured beside the first.
+    """
     path = str(subject.resolve())
+    if other is not None:
+        names = (subject.name, other.name) if subject.name != other.name else (str(subject), str(other))
+        files = (path, str(other.resolve()))
+        return tuple(Measured(name, "graph", file, graph=file) for name, file in zip(names, files, strict=True))
     if subject.suffix in PLAN_SUFFIXES:
         return (Measured("file", "plan", path),)
     if subject.is_file():
@@ -41,8 +49,8 @@ def networks_of(subject: Path, needs: str = "") -> tuple[Measured, ...]:
     if needs in compiled_files(bundle):
         return (Measured("squeezed" if squeezed else "deploy", "compiled", path),)
     if squeezed:
-        files = {"original": bundle.graph_source(), "squeezed": bundle.squeezed_graph()}
-        return tuple(Measured(name, "graph", path, graph=str(file.resolve())) for name, file in files.items())
+        graphs = {"original": bundle.graph_source(), "squeezed": bundle.squeezed_graph()}
+        return tuple(Measured(name, "graph", path, graph=str(file.resolve())) for name, file in graphs.items())
     return Measured("training-time", "training twin", path), Measured("deploy", "deploy", path)
 
 
@@ -73,7 +81,8 @@ def job_of(item: Measured, image: tuple[int, ...], threads: int) -> Job:
     graph = Path(item.graph)
     onnx: Callable[[], Path] | None = (lambda: graph) if item.graph else None
     if item.source == "graph":
-        feeds = partial(_graph_feeds, graph, image)
+        # without torch a graph is fed images, which is all that most graphs take
+        feeds = partial(_graph_feeds, graph, image) if find_spec("torch") is not None else None
         return Job(image, threads, lambda: _graph_module(graph), onnx=onnx, feeds=feeds)
     return Job(image, threads, lambda: _network(item, image), onnx=onnx)
 

@@ -257,15 +257,6 @@ def is_ours(path: Path) -> bool:
     return model.producer_name == PRODUCER or any(item.key.startswith(f"{PRODUCER}.") for item in model.metadata_props)
 
 
-def image_of(path: Path) -> tuple[tuple[int | None, ...], str]:
-    """The shape of a file's first input (None where it is dynamic) and the name of that input."""
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = {item.name for item in graph.initializer}
-    first = next(item for item in graph.input if item.name not in weights)
-    dims = first.type.tensor_type.shape.dim
-    return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims), first.name
-
-
 def _interrupted(reason: BaseException | None) -> bool:
     """Whether Ctrl-C stands behind an error: the exporter wraps whatever reaches it."""
     while reason is not None:

@@ -46,7 +46,7 @@ def test_a_bench_explains_itself_and_is_kept(quick: InProcess, bundle: Path) -> 
     said = quick("bench", *QUICK, "-r", "torch", "-r", "onnxruntime", "--resume", "--layers")
     assert said.status == 0, said.stderr
     assert json.loads((bundle / "bench.json").read_text())["rows"] == document["rows"], "nothing was measured again"
-    for part in ("live activations", "FLOPs 3x3", "GFLOP/s by kernel size", "at best this device reaches", "kernel that ran"):
+    for part in ("live activations", "3x3: FLOPs", "GFLOP/s by kernel size", "at best this device reaches", "kernel that ran"):
         assert part in said.stdout
 
 
@@ -143,3 +143,31 @@ def test_training_steps_of_ones_own_networks(repdeploy: CommandLine, tmp_path: P
     assert all(row["saved"] > 0 and len(row["seconds"]) >= 6 for row in document["rows"])
     (extra,) = document["extra"]
     assert extra["exponent"] == pytest.approx(1, abs=0.2)
+
+
+def test_an_onnx_file_is_measured_without_torch(repdeploy: CommandLine, bundle: Path, tmp_path: Path) -> None:
+    assert repdeploy("export", bundle, "-o", "alone.onnx").status == 0
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "sitecustomize.py").write_text(
+        "from importlib.machinery import PathFinder\n"
+        "found = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, path=None, target=None: None if name == 'torch' else found(name, path, target)\n"
+    )
+    answer = repdeploy("bench", "alone.onnx", *QUICK, "-r", "onnxruntime", "-r", "openvino", "--json", PYTHONPATH=str(hidden))
+    assert answer.status == 0, answer.stderr
+    rows = answer.json["rows"]
+    assert [(row["runtime"], row["timings"][0]["network"]) for row in rows] == [("onnxruntime", "file"), ("openvino", "file")]
+    assert all(row["memory"][0]["resident"] > 0 and row["profiles"][0]["layers"] for row in rows)
+
+
+def test_two_files_are_measured_beside_each_other(quick: InProcess, bundle: Path, tmp_path: Path) -> None:
+    for name, options in (("a.onnx", ()), ("b.onnx", ("--no-fold",))):
+        assert quick("export", bundle, "-o", name, *options).status == 0
+    answer = quick("bench", "a.onnx", "b.onnx", *QUICK, "-r", "onnxruntime", "--latency-only", "--json")
+    assert answer.status == 0, answer.stderr
+    (row,) = answer.json["rows"]
+    assert [timing["network"] for timing in row["timings"]] == ["a.onnx", "b.onnx"]
+    assert row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
+    refused = quick("bench", bundle, "b.onnx", *QUICK)
+    assert (refused.status, "is no ONNX file" in refused.stderr) == (2, True)

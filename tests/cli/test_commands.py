@@ -48,7 +48,7 @@ def test_the_three_commands_in_one_folder(repdeploy: CommandLine, ckpt: Path, tm
 
 def test_bench_on_the_cpu_fills_and_merges_rows(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
     assert repdeploy("convert", ckpt, "--input-shape", "1x3x65x65").status == 0
-    answer = repdeploy("bench", "--batch", "1", "--seconds", "0.2", "--json")
+    answer = repdeploy("bench", "--batch", "1", "--seconds", "0.2", "--latency-only", "--json")
     assert answer.status == 0, answer.stderr
     document = answer.json
     assert document["schema"] == "repdeploy.bench/2"
@@ -59,7 +59,7 @@ def test_bench_on_the_cpu_fills_and_merges_rows(repdeploy: CommandLine, ckpt: Pa
         assert [timing["network"] for timing in row["timings"]] == ["training-time", "deploy"]
         assert all(len(timing["seconds"]) >= 12 and timing["precision"] == "float32" for timing in row["timings"])
         assert row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
-    assert repdeploy("bench", "--batch", "2", "--seconds", "0.1", "--runtime", "torch").status == 0
+    assert repdeploy("bench", "--batch", "2", "--seconds", "0.1", "--runtime", "torch", "--latency-only").status == 0
     rows = json.loads((tmp_path / "ckpt.repdeploy" / "bench.json").read_text())["rows"]
     assert {(row["runtime"], row["batch"]) for row in rows} >= {*ours, ("torch", 2)}
 
@@ -67,7 +67,7 @@ def test_bench_on_the_cpu_fills_and_merges_rows(repdeploy: CommandLine, ckpt: Pa
 def test_bench_of_an_onnx_file_alone(repdeploy: CommandLine, ckpt: Path, tmp_path: Path) -> None:
     repdeploy("convert", ckpt, "--input-shape", "1x3x65x65")
     assert repdeploy("export", "-o", tmp_path / "alone.onnx").status == 0
-    answer = repdeploy("bench", "alone.onnx", "--batch", "1", "--seconds", "0.1", "--json")
+    answer = repdeploy("bench", "alone.onnx", "--batch", "1", "--seconds", "0.1", "--latency-only", "--json")
     assert answer.status == 0, answer.stderr
     measured = {(row["runtime"], row["timings"][0]["network"]) for row in answer.json["rows"] if not row["missing"]}
     assert measured >= {("torch", "file"), ("onnxruntime", "file")}

@@ -110,7 +110,7 @@ def test_the_deploy_network_is_the_stored_one(bundle: Bundle) -> None:
 
 def test_a_missing_runtime_is_a_row_with_a_hint(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OnnxRuntime, "missing", lambda self: Missing("onnxruntime is not installed", "pip install onnxruntime"))
-    result = repdeploy.bench(bundle.path, batch=[1], seconds=0.05)
+    result = repdeploy.bench(bundle.path, batch=[1], seconds=0.05, latency_only=True)
     by_name = {row.runtime: row for row in result.rows}
     assert by_name["torch"].speedup is not None
     assert by_name["onnxruntime"].missing == "onnxruntime is not installed"
@@ -121,9 +121,9 @@ def test_a_crash_is_a_row_and_the_rest_go_on(bundle: Bundle, monkeypatch: pytest
     """The weights vanish between the check and the child that measures: its row says so."""
     monkeypatch.setattr(children.sys, "executable", "/bin/false")
     with pytest.raises(BackendFailed, match="exit status 1"):
-        repdeploy.bench(bundle.path, batch=[1], seconds=0.05)
+        repdeploy.bench(bundle.path, batch=[1], seconds=0.05, latency_only=True)
     with pytest.raises(BackendFailed, match="torch on cpu failed"):
-        repdeploy.bench(bundle.path, batch=[1], seconds=0.05, runtime=["torch"])
+        repdeploy.bench(bundle.path, batch=[1], seconds=0.05, latency_only=True, runtime=["torch"])
 
 
 @pytest.mark.cuda

@@ -15,6 +15,9 @@ def bench(
             help="A bundle, an .onnx file or a .plan; the newest bundle in this folder when left out.", show_default=False
         ),
     ] = None,
+    other: Annotated[
+        Path | None, typer.Argument(help="Another .onnx file, measured beside the first.", show_default=False)
+    ] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where to measure.")] = "cpu",
     batch: Annotated[
         list[int] | None,
@@ -95,7 +98,7 @@ def bench(
         from repdeploy import pipeline
 
         result = pipeline.bench(
-            taken, device=device, batch=batch, input_shape=input_shape, threads=threads, seconds=seconds,
+            taken, other, device=device, batch=batch, input_shape=input_shape, threads=threads, seconds=seconds,
             runtime=runtime or (), trust_engine=trust_engine, latency_only=latency_only, resume=resume, baseline=baseline,
             progress=report,
         )  # fmt: skip
