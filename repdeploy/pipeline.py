@@ -40,8 +40,8 @@ GRAPH_SUFFIX = ".onnx"
 USUAL_BATCHES = (1, 8)
 """Of a benchmark: latency, and throughput that a small device still reaches."""
 SUITE_BATCHES = {"cpu": 4, "cuda": 128}
-TRAIN_BATCHES = {"cpu": 4, "cuda": 64}
-TRAIN_SIDES = {"cpu": (64, 128), "cuda": (128, 224)}
+TRAIN_BATCHES = {"cpu": 16, "cuda": 64}
+TRAIN_SIDES = (112, 224)
 """For a suite and for training steps: as the papers have it on a GPU, small enough for a CPU to finish in minutes."""
 Shape = str | Sequence[int]
 
@@ -445,7 +445,7 @@ def train_step(
     Raises UsageError, BackendMissing, BackendFailed where none could be trained.
     """
     _one_of("--device", device, ("cpu", "cuda"))
-    taken = tuple(dict.fromkeys(sides or TRAIN_SIDES[device]))
+    taken = tuple(dict.fromkeys(sides or TRAIN_SIDES))
     if batch is not None and (len(batch) != 1 or batch[0] < 1):
         raise UsageError("training steps are measured at one batch size of at least 1")
     if len(taken) < 2 or min(taken) < 1 or not seconds > 0 or (threads is not None and threads < 1):

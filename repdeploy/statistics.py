@@ -20,12 +20,14 @@ CONFIDENCE = 0.95
 
 
 def warm_up(timers: Sequence[Callable[[], float]], most: float | None = None) -> tuple[int, bool]:
-    """Run all timers in turn until each is steady, by time and by count, for `most` seconds at most (MAX_WARMUP_SECONDS).
+    """Run all timers in turn until each is steady, by time and by count.
+
+    For `most` seconds at most: MAX_WARMUP_SECONDS for two networks, more for more.
 
     Returns the runs each had, and whether all became steady.
     """
     started, runs = time.perf_counter(), 0
-    longest = MAX_WARMUP_SECONDS if most is None else most
+    longest = MAX_WARMUP_SECONDS * max(1.0, len(timers) / 2) if most is None else most
     history: list[list[float]] = [[] for _ in timers]
     while True:
         for timer, seen in zip(timers, history, strict=True):

@@ -24,7 +24,7 @@ from repdeploy.rebuild import Image, rebuilt, synthetic
 from repdeploy.records import TensorShape
 from repdeploy.skeletons import VGG_16, Architecture, rep_vgg_variants, resnet_variants
 from repdeploy.skeletons.plain import POOLED
-from repdeploy.statistics import apart
+from repdeploy.statistics import apart, speedup
 
 CLASSES = 1000
 IMAGE: Image = (3, 224, 224)
@@ -152,10 +152,12 @@ def speed_ratios(rows: Sequence[SuiteRow], definition: SuiteDefinition) -> tuple
 
 
 def _ratio(row: SuiteRow | None, reference: SuiteRow | None) -> Interval | None:
-    """Of seconds per image, because memory may have forced another batch size on one of them."""
+    """Per image, of rounds that both were measured in, or of runs at different times where memory held one network at a time."""
     timings = [None if item is None else item.timing for item in (reference, row)]
     before, after = ([] if item is None else [seconds / item.batch for seconds in item.seconds] for item in timings)
-    return apart(before, after) if before and after else None
+    if not before or not after:
+        return None
+    return speedup(before, after) if len(before) == len(after) else apart(before, after)
 
 
 def _layer(name: str, inputs: int, outputs: int, *kernel: int) -> dict[str, TensorShape]:

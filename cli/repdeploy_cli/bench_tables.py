@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         RanLayer,
         Roofline,
         Suite,
-        Timing,
+        SuiteRow,
         TrainStep,
         TrainSteps,
     )
@@ -241,40 +241,46 @@ def show_suite(result: Suite) -> int:
         return 0
     console = stdout()
     first = next(row.timing for row in result.rows if row.timing is not None)
+    image = "x".join(map(str, first.input_shape[1:]))
     console.print(
         Text.assemble(
-            (result.name, "bold"), f"  {first.runtime} on {first.device}, batch {first.batch}, "
-            f"images {'x'.join(map(str, first.input_shape[1:]))}, {first.precision}, {first.threads} threads",
+            (result.name, "bold"),
+            f"  on {first.device}, batch {first.batch}, images {image}, {first.precision}, {first.threads} threads, images/s",
         )
-    )  # fmt: skip
-    table = table_of("network", ">parameters", ">FLOPs", ">latency", ">images/s", ">paper: images/s")
+    )
+    wide = console.width >= WIDE
+    runtimes = dict.fromkeys(row.runtime for row in result.rows)
+    sizes = (">parameters", ">FLOPs") if wide else ()
+    table = table_of("network", *sizes, *(f">{name}" for name in runtimes), ">paper")
+    by_network: dict[str, list[SuiteRow]] = {}
     for row in result.rows:
-        paper = f"{row.paper:,.0f}" if row.paper is not None else ""
-        if row.timing is None:
-            table.add_row(row.network, f"{row.parameters / 1e6:.2f}M", flops_of(row.flops), Text("-", "yellow"), "", paper)
-        else:
-            speed = f"{row.timing.images_per_second:,.1f}"
-            table.add_row(
-                row.network, f"{row.parameters / 1e6:.2f}M", flops_of(row.flops), _latency_of(row.timing), speed, paper
-            )
+        by_network.setdefault(row.network, []).append(row)
+    for name, rows in by_network.items():
+        cells = (f"{rows[0].parameters / 1e6:.2f}M", flops_of(rows[0].flops)) if wide else ()
+        table.add_row(name, *cells, *map(_speed, rows), "" if rows[0].paper is None else f"{rows[0].paper:,.0f}")
     console.print(table)
+    console.print("in brackets: GFLOP/s, additions and multiplications apart; ?: not steady during warm-up")
     console.print(f"paper: {result.paper_conditions}")
-    ratios = table_of("times as fast", "as", "runtime", ">measured", "95 %", ">paper", "where~")
+    ratios = table_of("times as fast", "as", "runtime", ">measured", "95 %", ">paper", *(("where~",) if wide else ()))
     for item in result.ratios:
         measured = ["-", ""] if item.measured is None else _ratio(item.measured)
-        ratios.add_row(item.network, item.reference, item.runtime, *measured, f"{item.paper:.2f}x", item.source)
+        where = (item.source,) if wide else ()
+        ratios.add_row(item.network, item.reference, item.runtime, *measured, f"{item.paper:.2f}x", *where)
     console.print()
     console.print(ratios)
     for row in result.rows:
         if row.missing:
-            console.print(Text(f"{row.network}: {row.missing}", "yellow"))
+            console.print(Text(f"{row.network} in {row.runtime}: {row.missing}", "yellow"))
     for note in result.notes:
-        console.print(note)
+        console.print(f"note: {note}")
     return 0
 
 
-def _latency_of(timing: Timing) -> str:
-    return f"{time_of(timing.median)}{'' if timing.steady else ' (unsteady)'}"
+def _speed(row: SuiteRow) -> Text | str:
+    if row.timing is None:
+        return Text("-", "yellow")
+    speed = row.timing.images_per_second
+    return f"{speed:,.1f} ({speed * row.flops / 1e9:,.0f}){'' if row.timing.steady else '?'}"
 
 
 def show_train_steps(result: TrainSteps) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from repdeploy.benchmark.children import asked
@@ -12,18 +13,18 @@ from repdeploy.benchmark.conditions import environment
 from repdeploy.benchmark.stage import chosen_runtimes
 from repdeploy.benchmark.subject import Measured, with_graphs
 from repdeploy.errors import BackendFailed, BackendMissing, RepDeployError, words
-from repdeploy.measurements import BenchRow, ExtraMemory, OnlineGain, Suite, SuiteRow, TrainStep, TrainSteps, read_json
+from repdeploy.measurements import BenchRow, ExtraMemory, OnlineGain, Suite, SuiteRow, Timing, TrainStep, TrainSteps, read_json
 from repdeploy.progress import Progress
 from repdeploy.runtimes import Runtime
 from repdeploy.runtimes.interface import NETWORK, ONNX
-from repdeploy.suites import SuiteDefinition, SuiteNetwork, flops, speed_ratios
+from repdeploy.suites import SuiteDefinition, flops, speed_ratios
 from repdeploy.training_cost import findings
 
 
 def suite(
     definition: SuiteDefinition, device: str, batch: int, threads: int, seconds: float, only: Sequence[str], progress: Progress
 ) -> Suite:
-    """Measure every network of a suite in processes of their own. A network that fails is a row that says so.
+    """Measure the networks of a suite side by side, one process per runtime. A network that fails is a row that says so.
 
     Raises BackendMissing where no runtime can run.
     """
@@ -37,46 +38,56 @@ def suite(
             hint=absent[0][1].hint if absent else "give --runtime torch",
         )
     rows: list[SuiteRow] = []
-    total = len(definition.networks) * len(working)
-    for network in definition.networks:
-        with tempfile.TemporaryDirectory() as scratch:
-            for runtime in working:
-                progress(f"measuring {network.name} in {runtime.name}", len(rows), total)
-                rows.append(_suite_row(definition, network, runtime, batch, threads, seconds, Path(scratch)))
-    progress("measuring", total, total)
+    notes = [f"{name}: {missing.what}; {missing.hint}" for name, missing in absent]
+    steps = len(working) + 1
+    progress("building the networks", 0, steps)
+    known = tuple(
+        SuiteRow(item.name, item.parameters, flops(item.build(), definition.image), "", paper=item.paper.speed)
+        for item in definition.networks
+    )
+    items = tuple(Measured(item.name, "suite", "", key=(definition.name, item.name)) for item in definition.networks)
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, runtime in enumerate(working, 1):
+            progress(f"measuring in {runtime.name}", number, steps)
+            ready = with_graphs(items, definition.image, Path(scratch)) if runtime.needs == ONNX else items
+            times = partial(_times, runtime, image=definition.image, batch=batch, threads=threads, seconds=seconds)
+            try:
+                timed = times(ready)
+            except RepDeployError as reason:
+                notes.append(f"{runtime.name} could not hold all networks at once ({words(reason, 120)}): measured one by one")
+                timed = {}
+                for item in ready:
+                    progress(f"measuring {item.name} in {runtime.name}", number, steps)
+                    try:
+                        timed |= times((item,))
+                    except RepDeployError as alone:
+                        timed[item.name] = f"failed: {words(alone, 200)}"
+            for row in known:
+                found = timed[row.network]
+                own = {"missing": found} if isinstance(found, str) else {"timing": found}
+                rows.append(replace(row, runtime=runtime.name, **own))
+    progress("measuring", steps, steps)
     if not any(row.timing for row in rows):
         raise BackendFailed(f"no network of {definition.name} ran: {rows[0].missing}", hint="give a smaller --batch")
-    notes = [f"{name}: {missing.what}; {missing.hint}" for name, missing in absent]
     return Suite(
         definition.name, tuple(rows), environment(threads), definition.conditions, speed_ratios(rows, definition),
         (*notes, *definition.notes),
     )  # fmt: skip
 
 
-def _suite_row(
-    definition: SuiteDefinition,
-    network: SuiteNetwork,
-    runtime: Runtime,
-    batch: int,
-    threads: int,
-    seconds: float,
-    scratch: Path,
-) -> SuiteRow:
-    known = SuiteRow(network.name, network.parameters, 0, runtime.name, paper=network.paper.speed)
-    item: tuple[Measured, ...] = (Measured(network.name, "suite", "", key=(definition.name, network.name)),)
-    try:
-        counted = flops(network.build(), definition.image)
-        if runtime.needs == ONNX:
-            item = with_graphs(item, definition.image, scratch)
-        request = {
-            "task": "time", "runtime": runtime.name, "device": runtime.device, "networks": [asdict(one) for one in item],
-            "image": definition.image, "batches": [batch], "threads": threads, "seconds": seconds,
-        }  # fmt: skip
-        (answer,) = asked(request)
-    except (RepDeployError, MemoryError, RuntimeError) as reason:
-        return replace(known, missing=f"failed: {words(reason, 200)}")
+def _times(
+    runtime: Runtime, items: Sequence[Measured], *, image: tuple[int, ...], batch: int, threads: int, seconds: float
+) -> dict[str, Timing | str]:
+    """All networks in rounds of random order, in one child: what slows the machine down hits all. Raises BackendFailed."""
+    request = {
+        "task": "time", "runtime": runtime.name, "device": runtime.device, "networks": [asdict(item) for item in items],
+        "image": image, "batches": [batch], "threads": threads, "seconds": seconds * len(items),
+    }  # fmt: skip
+    (answer,) = asked(request)
     row = read_json(BenchRow, answer.record)
-    return replace(known, flops=counted, timing=row.timings[0] if row.timings else None, missing=row.missing)
+    if row.missing:
+        raise BackendFailed(row.missing.removeprefix("failed: "), hint=row.hint)
+    return {timing.network: timing for timing in row.timings}
 
 
 def train_steps(

@@ -111,16 +111,14 @@ def _speeds(rows: Sequence[BenchRow]) -> Table:
     cells = []
     for row in rows:
         first, last = row.timings[0], row.timings[-1]
-        before: tuple[str, str] = ("", "")
-        if last is not first:
-            before = (quantities.seconds(first.median), quantities.number(first.images_per_second))
+        before = quantities.seconds(first.median) if last is not first else ""
         cells.append((
-            row_label(row, rows), before[0], quantities.seconds(last.median), *_speedup(row), before[1],
+            row_label(row, rows), before, quantities.seconds(last.median), *_speedup(row),
             quantities.number(last.images_per_second), "" if row.drift is None else quantities.error(row.drift),
             "" if row.is_stable else Cell("unstable", "warn"),
         ))  # fmt: skip
     columns = (
-        "runtime", f">{_before(rows)}", f">{_after(rows)}", ">speed-up", "95 % interval", "", ">images/s before", ">images/s",
+        "runtime", f">{_before(rows)}", f">{_after(rows)}", ">speed-up", "95 % interval", "", ">images/s",
         ">error of low precision", "stability",
     )  # fmt: skip
     return table("Latency and speed-up", columns, cells)
