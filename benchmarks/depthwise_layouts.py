@@ -1,4 +1,4 @@
-"""Depthwise convolutions in torch, NCHW against channels_last, by kernel size: where one layout is the wrong one, and by how much.
+"""Depthwise convolutions in torch by kernel size, NCHW against channels_last: where a layout is wrong, and by how much.
 
 usage: python -m benchmarks.depthwise_layouts [--channels C] [--side N]
 One image, stride 1, same padding, all cores; both layouts in turn, each in a session of its own.

@@ -152,7 +152,7 @@ def speed_ratios(rows: Sequence[SuiteRow], definition: SuiteDefinition) -> tuple
 
 
 def _ratio(row: SuiteRow | None, reference: SuiteRow | None) -> Interval | None:
-    """Per image, of rounds that both were measured in, or of runs at different times where memory held one network at a time."""
+    """Per image, of rounds that both were measured in, or of runs at different times where memory held only one."""
     timings = [None if item is None else item.timing for item in (reference, row)]
     before, after = ([] if item is None else [seconds / item.batch for seconds in item.seconds] for item in timings)
     if not before or not after:
