@@ -12,6 +12,8 @@ BENCH_SCHEMA = "repdeploy.bench/2"
 SUITE_SCHEMA = "repdeploy.suite/1"
 TRAIN_SCHEMA = "repdeploy.train-step/1"
 
+PEAK_PRECISION = "float32"
+"""Of rooflines: what computes in another precision is not held against them."""
 MIN_EFFECT = 0.01
 """A difference below 1 % is none, however narrow its interval."""
 PERCENTILES = {50: 1, 90: 64, 95: 130, 99: 662}
@@ -201,7 +203,7 @@ class BenchRow:
     """One runtime at one batch size: both networks and their ratio, or why there is none.
 
     `drift`: of a runtime that computes in less than float32, the largest error of the deploy network beside float32, relative
-    to the largest output; `warnings`: what makes the numbers doubtful.
+    to the largest output; `warnings`: what makes the numbers doubtful; `artifact`: the sha256 of a compiled file.
     """
 
     runtime: str
@@ -217,6 +219,7 @@ class BenchRow:
     findings: tuple[Finding, ...] = ()
     watched: Watched | None = None
     drift: float | None = None
+    artifact: str = ""
 
     @property
     def is_stable(self) -> bool:
@@ -229,6 +232,7 @@ class Roofline:
     the best copy and which it was."""
 
     device: str
+    threads: int
     gflops: float
     gflops_by: str
     bandwidth: float
@@ -258,6 +262,7 @@ class Density:
     batch: int
     channels: int
     side: int
+    threads: int
     cells: tuple[DensityCell, ...]
 
 
@@ -280,7 +285,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """The benchmark of one bundle or file on one machine."""
+    """The benchmark of one bundle or file on one machine. `subject_sha256`: what tells a bundle's network from another."""
 
     subject: str
     rows: tuple[BenchRow, ...]
@@ -289,11 +294,18 @@ class Bench:
     rooflines: tuple[Roofline, ...] = ()
     density: tuple[Density, ...] = ()
     baseline: tuple[Comparison, ...] = ()
+    subject_sha256: str = ""
     schema: str = BENCH_SCHEMA
 
     def roof(self, device: str) -> Roofline | None:
-        """What that device reaches at best."""
-        return next((item for item in self.rooflines if item.device == device), None)
+        """What that device reaches at best, on as many threads as were measured last."""
+        return next((item for item in reversed(self.rooflines) if item.device == device), None)
+
+    def roof_of(self, row: BenchRow) -> Roofline | None:
+        """What a row's device reaches at best on its threads; None where the row computes in another precision."""
+        last = row.timings[-1]
+        fitting = (item for item in self.rooflines if (item.device, item.threads) == (row.device, last.threads))
+        return next(fitting, None) if last.precision == PEAK_PRECISION else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,4 +486,15 @@ def bench_from_json(text: str) -> Bench:
     content = json.loads(text)
     if not isinstance(content, dict) or content.get("schema") != BENCH_SCHEMA:
         raise ValueError(f"expected schema {BENCH_SCHEMA}")
-    return read_json(Bench, content)
+    found = read_json(Bench, content)
+    numbers = [value for row in found.rows for timing in row.timings for value in (*timing.seconds, *timing.enqueue)]
+    numbers += [value for row in found.rows if row.speedup for value in (row.speedup.ratio, row.speedup.low, row.speedup.high)]
+    numbers += [value for roof in found.rooflines for value in (roof.gflops, roof.bandwidth)]
+    numbers += [cell.seconds for table in found.density for cell in table.cells]
+    if not all(0 < value < float("inf") for value in numbers):
+        raise ValueError("a time, a ratio or a rate is not a positive number")
+    if any(not timing.seconds for row in found.rows for timing in row.timings) or any(
+        not table.cells for table in found.density
+    ):
+        raise ValueError("a measurement has no numbers")
+    return found

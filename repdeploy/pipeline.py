@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,8 @@ PathLike = str | Path
 GRAPH_SUFFIX = ".onnx"
 USUAL_BATCHES = (1, 8)
 """Of a benchmark: latency, and throughput that a small device still reaches."""
+MOST = 1_000_000_000
+"""Threads and images per batch; beyond, libraries fail in words of their own."""
 SUITE_BATCHES = {"cpu": 4, "cuda": 128}
 TRAIN_BATCHES = {"cpu": 16, "cuda": 64}
 TRAIN_SIDES = (112, 224)
@@ -358,11 +361,15 @@ def bench(
     _one_of("--device", device, ("cpu", "cuda"))
     if (batch is not None and (not batch or min(batch) < 1)) or not seconds > 0 or (threads is not None and threads < 1):
         raise UsageError("a benchmark needs batch sizes and threads of at least 1, and a positive time")
+    if max((threads or 1, *(batch or ()))) > MOST:
+        raise UsageError(f"a benchmark takes batch sizes and threads up to {MOST:,}")
     shape = parse_shape(input_shape)
     from repdeploy.benchmark import results, stage
     from repdeploy.benchmark.conditions import cores, environment
 
     earlier = results.read(Path(baseline)) if baseline is not None else None
+    if earlier is not None:
+        results.require_same_machine(earlier, environment(cores()))
     path = Path(subject) if subject is not None else newest_bundle()
     opened, image, own_batch, available = _measurable(path, shape, trust_engine)
     second = Path(other) if other is not None else None
@@ -372,6 +379,13 @@ def bench(
                 raise UsageError(f"{file} is no ONNX file", hint="a bundle is measured alone, two ONNX files beside each other")
     count = threads or cores()
     here = environment(count)
+    if own_batch and batch and tuple(batch) != (own_batch,):
+        raise UsageError(f"{path.name} is fixed to a batch of {own_batch}", hint=f"leave --batch out, or give {own_batch}")
+    network = ""
+    if opened is not None:
+        network = results.fingerprint(opened)
+        if not os.access(opened.path, os.W_OK):
+            raise UsageError(f"{opened.path} cannot be written, and a benchmark is kept in its bundle", hint="copy the bundle")
     before = results.stored(opened) if opened is not None else None
     wanted = stage.Wanted(
         path,
@@ -384,17 +398,22 @@ def bench(
         available,
         deep=not latency_only,
         other=second,
-        before=results.resumable(before, image, device, count, here) if resume else None,
+        before=results.resumable(before, image, device, count, here, network) if resume else None,
     )
 
     def keep(row: BenchRow) -> None:
         if opened is not None:
-            results.merge(opened, Bench(path.name, (row,), here))
+            results.require_same_network(opened, network)
+            results.merge(opened, Bench(path.name, (row,), here, subject_sha256=network))
 
-    result = stage.bench(wanted, progress, keep)
+    result = replace(stage.bench(wanted, progress, keep), subject_sha256=network)
     if earlier is not None:
         result = replace(result, baseline=results.compared(earlier, result))
+        if earlier.subject != result.subject:
+            said = f"the baseline was measured on {earlier.subject}"
+            result = replace(result, notes=(*result.notes, said))
     if opened is not None:
+        results.require_same_network(opened, network)
         results.merge(opened, result)
     return result
 

@@ -103,7 +103,7 @@ def density(runtime: str, shares: tuple[float, ...]) -> Density:
         DensityCell(kernel, kernel**2 * 1e-3 / share, PEAK * share, share, f"{KERNELS[runtime]}_{kernel}x{kernel}")
         for kernel, share in zip((1, 3, 5, 7), shares, strict=True)
     )
-    return Density(runtime, "cpu", "float32", 1, 128, 56, cells)
+    return Density(runtime, "cpu", "float32", 1, 128, 56, 2, cells)
 
 
 def bench(runs: int = 130) -> Bench:
@@ -117,7 +117,7 @@ def bench(runs: int = 130) -> Bench:
         (*rows, *absent),
         {"processor": "Example CPU 2.6 GHz", "cores": "2", "threads": "2", "torch": "2.13.0", "onnxruntime": "1.31.1"},
         notes=("the machine was busy before the benchmark began: 0.8 runnable processes per core",),
-        rooflines=(Roofline("cpu", PEAK, "product of 2048 x 2048 in torch", BANDWIDTH, "a copy of 256 MB by 2 threads"),),
+        rooflines=(Roofline("cpu", 2, PEAK, "product of 2048 x 2048 in torch", BANDWIDTH, "a copy of 256 MB by 2 threads"),),
         density=(density("torch", (0.55, 0.82, 0.78, 0.74)), density("openvino", (0.71, 1.06, 0.9, 0.88))),
         baseline=(
             Comparison("torch", "cpu", 1, "deploy", Interval(1.08, 1.05, 1.11)),

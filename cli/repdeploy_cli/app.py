@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -62,6 +63,9 @@ def run(arguments: list[str]) -> int:
 
     if sys.stdout is None or sys.stderr is None:  # closed by the caller (`>&-`)
         sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal may lack an arrow; that is no reason to lose a result
     try:
         status: Any = app(args=arguments or ["--help"], standalone_mode=False)
         sys.stdout.flush()

@@ -55,11 +55,11 @@ def show_bench(result: Bench, *, layers: bool = False, strict: bool = False) -> 
         for line in _remarks(row):
             console.print(line)
     _memory(console, measured)
-    _inside(console, measured, result.roof(first.device))
+    _inside(console, measured, result)
     if layers:
         for row in measured:
             for profile in row.profiles:
-                _layers(console, row, profile, result.roof(row.device))
+                _layers(console, row, profile, result.roof_of(row))
     _density(console, result)
     _findings(console, measured)
     _baseline(console, result)
@@ -97,7 +97,7 @@ def _latency(console: Console, rows: list[BenchRow]) -> None:
     runs = sorted({len(timing.seconds) for row in rows for timing in row.timings})
     many = f"{runs[0]}{f' to {runs[-1]}' if runs[-1] > runs[0] else ''}"
     how = "interleaved runs per network" if both else "runs"
-    console.print(f"medians of {many} {how}, all kept{'; p90 of the deploy network' if both and with_tail else ''}")
+    console.print(f"medians of {many} {how}, all kept{f'; p90 of {names[-1]}' if both and with_tail else ''}")
 
 
 def _ratio(ratio: Interval) -> list[str | Text]:
@@ -140,14 +140,14 @@ def _change(memory: tuple[Memory, ...], field: str) -> str:
     return " -> ".join("?" if value is None else size_of(value) for value in found)
 
 
-def _inside(console: Console, rows: list[BenchRow], roof: Roofline | None) -> None:
+def _inside(console: Console, rows: list[BenchRow], result: Bench) -> None:
     rows = [row for row in rows if row.profiles]
     if not rows:
         return
     columns = ("convolutions", ">batch", ">count", ">3x3: FLOPs", ">time", ">GFLOP/s", "kernels~")
     table = table_of(*columns)
     for row in rows:
-        profile = row.profiles[-1]
+        profile, roof = row.profiles[-1], result.roof_of(row)
         large = profile.of_3x3()
         seconds = sum(layer.seconds for layer in large)
         rate = sum(layer.flops for layer in large) / seconds / 1e9 if seconds else 0.0

@@ -39,7 +39,7 @@ def asked(request: Mapping[str, Any], variables: Mapping[str, str] | None = None
     watch, failure, hint = Watch(str(request["device"])), "", ""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:  # no pipe: nobody would empty it
         child = subprocess.Popen(
-            [sys.executable, "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
+            [sys.executable, "-P", "-m", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True,
             env={**os.environ, **(variables or {})},
         )  # fmt: skip
         assert child.stdin is not None
@@ -50,7 +50,9 @@ def asked(request: Mapping[str, Any], variables: Mapping[str, str] | None = None
                 child.stdin.close()
             with watch.on(child.pid):
                 for line in child.stdout:
-                    answer = json.loads(line)
+                    answer = _answer(line)
+                    if answer is None:
+                        continue
                     if "answer" in answer:
                         yield Answered(answer["answer"], watch)
                     else:
@@ -66,6 +68,15 @@ def asked(request: Mapping[str, Any], variables: Mapping[str, str] | None = None
             said.seek(0)
             kind = KINDS.get(child.returncode, BackendFailed) if failure else BackendFailed
             raise kind(failure or _last_words(child.returncode, said.read()), hint=hint)
+
+
+def _answer(line: str) -> dict[str, Any] | None:
+    """None for what is no answer: something that printed before the worker could turn it away, or half a line of the dead."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and ("answer" in found or "error" in found) else None
 
 
 def _last_words(status: int, said: str) -> str:

@@ -17,10 +17,16 @@ MEMORY_SHARE = 0.50
 """Of the time, in layers below the ridge of the roofline, from which a network is called memory-bound."""
 NEAR_BANDWIDTH = 0.40
 """Of the copy bandwidth, that such layers must really reach: else something else holds them up."""
+MOST_BANDWIDTH = 1.20
+"""Of the copy bandwidth: what moves data faster has it in a cache, so memory is not what holds it up."""
+UNTOLD_SHARE = 0.30
+"""Of the time, in layers whose operations are not counted, above which nothing is said about too few of them."""
 FEW_FLOPS = 0.10
 """Of the run, that the operations would take at the device's peak, below which there is too little to compute."""
 ALIKE_FLOPS = 0.95
 GAIN = 1.05
+FUSED = (("training-time", "deploy"), ("original", "squeezed"))
+"""Networks of which one was made from the other by fusing."""
 LAYOUT_GAIN = 1.10
 LAYOUT = "layout"
 REORDER_REMEDIES = {
@@ -42,7 +48,7 @@ def findings(row: BenchRow, roof: Roofline | None, cores: int) -> tuple[Finding,
         found += _reorders(row, profile)
         found += _fallbacks(row, profile)
         if roof is not None:
-            found += _memory(profile, roof)
+            found += _memory(row, profile, roof)
             found += _few_flops(row, profile, roof)
     found += _alike(row)
     return tuple(found)
@@ -126,17 +132,18 @@ def _fallbacks(row: BenchRow, profile: Profile) -> Iterable[Finding]:
         )  # fmt: skip
 
 
-def _memory(profile: Profile, roof: Roofline) -> Iterable[Finding]:
+def _memory(row: BenchRow, profile: Profile, roof: Roofline) -> Iterable[Finding]:
     ridge = roof.gflops * 1e9 / roof.bandwidth
     low = [layer for layer in profile.layers if layer.bytes and layer.flops < ridge * layer.bytes]
     taken = sum(layer.seconds for layer in low)
-    if not low or taken < MEMORY_SHARE * profile.seconds:
+    whole = max(profile.seconds, row.timings[-1].median)  # counters may leave out what a run spends between layers
+    if not low or taken < MEMORY_SHARE * whole:
         return
     reached = sum(layer.bytes for layer in low) / taken / roof.bandwidth
-    if reached > NEAR_BANDWIDTH:
+    if NEAR_BANDWIDTH < reached <= MOST_BANDWIDTH:
         yield Finding(
             "memory-bound", profile.network,
-            f"{taken / profile.seconds:.0%} of the time goes into {len(low)} layers with fewer than {ridge:.0f} operations per "
+            f"{taken / whole:.0%} of the time goes into {len(low)} layers with fewer than {ridge:.0f} operations per "
             f"byte, which already move data at {reached:.0%} of what this device copies",
             "fewer operations will not help these layers: lower the precision, the resolution or the width",
         )  # fmt: skip
@@ -146,7 +153,8 @@ def _few_flops(row: BenchRow, profile: Profile, roof: Roofline) -> Iterable[Find
     flops = sum(layer.flops for layer in profile.layers)
     median = row.timings[-1].median
     ideal = flops / (roof.gflops * 1e9)
-    if 0 < ideal < FEW_FLOPS * median:
+    untold = sum(layer.seconds for layer in profile.layers if not layer.flops and layer.kind != "reorder")
+    if 0 < ideal < FEW_FLOPS * median and untold < UNTOLD_SHARE * profile.seconds:
         yield Finding(
             "too few FLOPs", profile.network,
             f"its {flops / 1e9:.2g} GFLOP would take {_ms(ideal)} at this device's peak, but a run takes {_ms(median)}: the "
@@ -157,7 +165,8 @@ def _few_flops(row: BenchRow, profile: Profile, roof: Roofline) -> Iterable[Find
 
 def _alike(row: BenchRow) -> Iterable[Finding]:
     """Fusing saved no operations to speak of, and the time says so too."""
-    if row.speedup is None or row.speedup.ratio > GAIN or len(row.profiles) != 2:
+    networks = tuple(timing.network for timing in row.timings)
+    if row.speedup is None or networks not in FUSED or len(row.profiles) != 2 or not 1 / GAIN < row.speedup.ratio < GAIN:
         return
     before, after = (sum(layer.flops for layer in profile.layers) for profile in row.profiles)
     if before and after > ALIKE_FLOPS * before:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from repdeploy.bundle import BENCH, Bundle, write_text
 from repdeploy.errors import InputError, UsageError
 from repdeploy.measurements import BENCH_SCHEMA, Bench, BenchRow, Comparison, Timing, bench_from_json
-from repdeploy.records import to_json
+from repdeploy.records import plain, to_json
 from repdeploy.statistics import apart
 
 SAME_MACHINE = ("machine", "processor", "cores", "gpu")
@@ -24,7 +25,7 @@ def read(path: Path) -> Bench:
         raise UsageError(f"there is no benchmark at {file}", hint="bench writes bench.json into its bundle")
     try:
         return bench_from_json(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as reason:
+    except (ValueError, OSError, RecursionError) as reason:
         raise InputError(
             f"{file} is no benchmark: {str(reason)[:300]}", hint=f"expected what bench writes ({BENCH_SCHEMA}); measure again"
         ) from reason
@@ -40,23 +41,52 @@ def _is_older(path: Path) -> bool:
     """Whether an earlier version wrote it: such rows are measured again, not converted."""
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
-    except (ValueError, OSError, KeyError, TypeError):
+        name, version = schema.split("/")
+        own_name, own_version = BENCH_SCHEMA.split("/")
+        return name == own_name and int(version) < int(own_version)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError):
         return False
-    return isinstance(schema, str) and schema.startswith("repdeploy.bench/") and schema != BENCH_SCHEMA
 
 
 def merge(bundle: Bundle, fresh: Bench) -> None:
-    """Write bench.json into a bundle: rows and density tables of the same key replace older ones."""
+    """Write bench.json into a bundle: rows and density tables of the same key replace older ones.
+
+    What was measured of another network, on another machine or with other versions is not kept beside it.
+    """
     with bundle.locked():
         old = stored(bundle)
+        if old is not None and _origin(old) != _origin(fresh):
+            old = None
         kept = [row for row in old.rows if not any(_replaces(new, row) for new in fresh.rows)] if old is not None else []
         rows = (*kept, *(row for row in fresh.rows if not any(_replaces(measured, row) for measured in kept)))
-        roofs = {item.device: item for item in (*(old.rooflines if old else ()), *fresh.rooflines)}
-        tables = {(item.runtime, item.device): item for item in (*(old.density if old else ()), *fresh.density)}
+        roofs = {(item.device, item.threads): item for item in (*(old.rooflines if old else ()), *fresh.rooflines)}
+        tables = {(item.runtime, item.device, item.threads): item for item in (*(old.density if old else ()), *fresh.density)}
         merged = replace(
             fresh, rows=rows, rooflines=tuple(roofs.values()), density=tuple(tables.values()),
         )  # fmt: skip
         write_text(bundle.path / BENCH, to_json(merged))
+
+
+def fingerprint(bundle: Bundle) -> str:
+    """What tells a bundle's network from another one: its weights, and the facts that describe it."""
+    manifest = bundle.manifest
+    told = json.dumps([manifest.weights_sha256, plain(manifest.facts)], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def require_same_network(bundle: Bundle, measured: str) -> None:
+    """Raises UsageError where a bundle holds another network than the one that was measured."""
+    if fingerprint(Bundle(bundle.path)) != measured:
+        raise UsageError(
+            f"{bundle.path} was converted again while it was measured: the measurement is of another network and was not kept",
+            hint="measure it again",
+        )
+
+
+def _origin(bench: Bench) -> tuple[object, ...]:
+    """Network, machine and versions; threads are each row's own."""
+    told = {name: value for name, value in bench.environment.items() if name != "threads"}
+    return bench.subject_sha256, told
 
 
 def _replaces(new: BenchRow, old: BenchRow) -> bool:
@@ -72,13 +102,33 @@ def key(row: BenchRow) -> tuple[object, ...]:
     return row.runtime, row.device, row.batch, first.input_shape[1:] if first else (), first.threads if first else 0
 
 
-def resumable(old: Bench | None, image: Sequence[int], device: str, threads: int, now: Mapping[str, str]) -> Bench | None:
-    """What need not be measured again: of the same device, image, threads, machine and versions. None where they differ."""
-    if old is None or dict(old.environment) != dict(now):
+def resumable(
+    old: Bench | None, image: Sequence[int], device: str, threads: int, now: Mapping[str, str], network: str
+) -> Bench | None:
+    """What need not be measured again: of the same network, device, image, threads, machine and versions. None where they
+    differ."""
+    if old is None or _origin(old) != _origin(replace(old, environment=now, subject_sha256=network)):
         return None
     wanted = device, tuple(image), threads
     rows = tuple(row for row in old.rows if row.timings and (row.device, *key(row)[3:]) == wanted)
-    return replace(old, rows=rows, density=tuple(item for item in old.density if item.device == device))
+    mine = device, threads
+    return replace(
+        old,
+        rows=rows,
+        density=tuple(item for item in old.density if (item.device, item.threads) == mine),
+        rooflines=tuple(item for item in old.rooflines if (item.device, item.threads) == mine),
+    )
+
+
+def require_same_machine(old: Bench, now: Mapping[str, str]) -> None:
+    """Raises InputError where a benchmark is from another machine."""
+    for name in SAME_MACHINE:
+        before, here = old.environment.get(name, ""), now.get(name, "")
+        if before != here:
+            raise InputError(
+                f"the baseline is from another machine: {name} {before or 'none'}, here {here or 'none'}",
+                hint="measure the baseline on this machine",
+            )
 
 
 def compared(old: Bench, new: Bench) -> tuple[Comparison, ...]:
@@ -86,13 +136,7 @@ def compared(old: Bench, new: Bench) -> tuple[Comparison, ...]:
 
     Raises InputError where the machines differ or nothing can be compared.
     """
-    for name in SAME_MACHINE:
-        before, now = old.environment.get(name, ""), new.environment.get(name, "")
-        if before != now:
-            raise InputError(
-                f"the baseline is from another machine: {name} {before or 'none'}, here {now or 'none'}",
-                hint="measure the baseline on this machine",
-            )
+    require_same_machine(old, new.environment)
     earlier = {(key(row), timing.network): timing for row in old.rows for timing in row.timings}
     shipped = ((row, row.timings[-1]) for row in new.rows if row.timings)
     found = tuple(

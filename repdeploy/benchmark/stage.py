@@ -13,11 +13,14 @@ from repdeploy.benchmark import diagnosis
 from repdeploy.benchmark.children import Answered, asked
 from repdeploy.benchmark.conditions import busy_now, cores, environment
 from repdeploy.benchmark.subject import Measured, networks_of, with_graphs
+from repdeploy.bundle import Bundle
+from repdeploy.digest import digest
 from repdeploy.errors import BackendFailed, BackendMissing, RepDeployError, UsageError, words
-from repdeploy.measurements import Bench, BenchRow, Density, Memory, Profile, Roofline, read_json
+from repdeploy.measurements import PEAK_PRECISION, Bench, BenchRow, Density, Memory, Profile, Roofline, read_json
 from repdeploy.progress import Progress
 from repdeploy.runtimes import RUNTIMES, Missing, Profiling, Runtime
 from repdeploy.runtimes.interface import NETWORK, ONNX
+from repdeploy.vouching import compiled_files
 
 WIDE_SPREAD = 0.20
 """The middle half of the runs, relative to the median, above which a row is called noisy."""
@@ -26,8 +29,6 @@ BUSY = 0.25
 CLOCK_SWING = 0.10
 """How far clocks may move while a row is measured."""
 ROOFLINE_SECONDS = 3.0
-PEAK_PRECISION = "float32"
-"""Of the roofline: rows and tables of another precision are not held against it."""
 
 OnRow = Callable[[BenchRow], None]
 
@@ -54,7 +55,8 @@ class Wanted:
     def done(self, runtime: str, batch: int) -> BenchRow | None:
         """A row of the earlier benchmark."""
         rows = self.before.rows if self.before is not None else ()
-        return next((row for row in rows if (row.runtime, row.batch) == (runtime, batch)), None)
+        deep_enough = (row for row in rows if row.memory or not self.deep)
+        return next((row for row in deep_enough if (row.runtime, row.batch) == (runtime, batch)), None)
 
 
 def bench(wanted: Wanted, progress: Progress, on_row: OnRow) -> Bench:
@@ -77,9 +79,9 @@ def bench(wanted: Wanted, progress: Progress, on_row: OnRow) -> Bench:
                     for batch in wanted.batches
                 ]
                 continue
-            rows += run.kept(runtime)
-            for row in run.rows(runtime, Path(scratch)):
-                its_roof = roof if runtime.precision == PEAK_PRECISION else None
+            rows += (kept := run.kept(runtime))
+            for row in run.rows(runtime, [row.batch for row in kept], Path(scratch)):
+                its_roof = roof if row.timings and row.timings[-1].precision == PEAK_PRECISION else None
                 rows.append(replace(row, warnings=_doubts(row), findings=diagnosis.findings(row, its_roof, cores())))
                 on_row(rows[-1])
         density = run.densities(chosen, rows, roof)
@@ -109,7 +111,9 @@ def chosen_runtimes(device: str, only: Sequence[str]) -> list[Runtime]:
         raise UsageError(
             f"no runtime for {device} is called {', '.join(unknown)}", hint=f"runtimes for {device}: {', '.join(installed)}"
         )
-    return [installed[name] for name in only] if only else [item for item in installed.values() if item.by_default]
+    return (
+        [installed[name] for name in dict.fromkeys(only)] if only else [item for item in installed.values() if item.by_default]
+    )
 
 
 def _chosen(wanted: Wanted) -> list[Runtime]:
@@ -122,6 +126,8 @@ def _absent(runtime: Runtime, wanted: Wanted) -> Missing | None:
     absent = runtime.missing()
     if absent is None and runtime.needs not in wanted.available:
         written = runtime.needs in (NETWORK, ONNX)
+        if written and find_spec("torch") is None and wanted.subject.is_dir():
+            return Missing(f"torch is not installed, and {runtime.name} needs it to be given this network", "pip install torch")
         return Missing(
             f"there is no {runtime.needs} of {wanted.subject.name}",
             "measure the bundle it was made from" if written else f"repdeploy export --to {runtime.needs} writes it",
@@ -147,12 +153,21 @@ class _Run:
 
     def kept(self, runtime: Runtime) -> list[BenchRow]:
         """The rows of one runtime that were measured before."""
-        return [row for batch in self.wanted.batches if (row := self.wanted.done(runtime.name, batch)) is not None]
+        artifact = self._artifact(runtime)
+        rows = (self.wanted.done(runtime.name, batch) for batch in self.wanted.batches)
+        return [row for row in rows if row is not None and row.artifact == artifact]
 
-    def rows(self, runtime: Runtime, scratch: Path) -> Iterator[BenchRow]:
+    def _artifact(self, runtime: Runtime) -> str:
+        """The sha256 of the compiled file that a runtime runs; "" of one that runs a network or a graph."""
+        if runtime.needs in (NETWORK, ONNX) or self.wanted.subject.is_file():
+            return ""
+        found = compiled_files(Bundle(self.wanted.subject)).get(runtime.needs)
+        return digest(found.path) if found is not None else ""
+
+    def rows(self, runtime: Runtime, kept: Sequence[int], scratch: Path) -> Iterator[BenchRow]:
         """Every other batch size of one runtime, with memory and what ran inside."""
         wanted = self.wanted
-        batches = [batch for batch in wanted.batches if wanted.done(runtime.name, batch) is None]
+        batches = [batch for batch in wanted.batches if batch not in kept]
         if not batches:
             self._next(f"{runtime.name} was measured before", len(wanted.batches) + 2 * wanted.deep)
             return
@@ -167,6 +182,7 @@ class _Run:
             found = inside.get(row.batch, [])
             yield replace(
                 row,
+                artifact=self._artifact(runtime),
                 memory=tuple(self._memory(item, row.batch, memory) for item, memory, _ in found),
                 profiles=tuple(profile for _, _, profile in found if profile is not None),
             )
@@ -330,9 +346,8 @@ def _require_some(rows: Sequence[BenchRow], wanted: Wanted) -> None:
     hint = next((row.hint for row in rows if row.hint), "")
     if any(row.missing.startswith("failed") for row in rows):
         raise BackendFailed(f"no runtime could run this network on {wanted.device}: {looked_for}", hint=hint)
-    raise BackendMissing(
-        f"nothing here runs on {wanted.device}: {looked_for}", hint=f"{hint}; or measure with --device cpu" if hint else ""
-    )
+    elsewhere = "; or measure with --device cpu" if hint and wanted.device != "cpu" else ""
+    raise BackendMissing(f"nothing here runs on {wanted.device}: {looked_for}", hint=f"{hint}{elsewhere}")
 
 
 def _doubts(row: BenchRow) -> tuple[str, ...]:

@@ -7,9 +7,11 @@ One process per task keeps thread pools, allocators and crashes apart. It writes
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,14 +21,17 @@ import numpy as np
 
 from repdeploy.benchmark.subject import Measured, from_request, job_of
 from repdeploy.errors import RepDeployError, words
+from repdeploy.graph.file_images import float_type
 from repdeploy.measurements import BenchRow, Memory, Profile, Timing
 from repdeploy.records import plain
-from repdeploy.runtimes.interface import Enqueuing, Feeds, Job, Profiling, Runtime, Session
+from repdeploy.runtimes.interface import ONNX, Enqueuing, Feeds, Job, Profiling, Runtime, Session
 from repdeploy.statistics import interleaved, speedup, warm_up
 
 LEAST_RUNS = 12
 MOST_RUNS = 2000
 PROFILED_RUNS = 9
+PR_SET_PDEATHSIG = 1
+"""man 2 prctl."""
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "failed to allocate", "unable to allocate", "memoryerror")
 """How libraries say it, in lower case."""
 
@@ -34,6 +39,7 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "failed to all
 def main() -> int:
     request = json.loads(sys.stdin.read())
     answers = os.fdopen(os.dup(1), "w")
+    _die_with_parent()
     os.dup2(2, 1)  # whatever a runtime prints must not land among the answers
     if request["device"] == "cpu":
         _stay_within_memory()
@@ -64,9 +70,11 @@ def looked_into(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Memory and what ran inside one network, per batch size: {batch, memory, profile, why there is none}."""
     runtime, ((item, job),) = _runtime(request), _jobs(request)
     images = _images(job, request)
+    _load_libraries(runtime, request["threads"])
+    before = _status("VmRSS")
     for batch in request["batches"]:
         try:
-            memory = _memory(runtime, item, job, images(batch))
+            memory = _memory(runtime, item, job, images(batch), before)
         except Exception:  # the timed row says why
             continue
         profile, why = None, "" if isinstance(runtime, Profiling) else f"{runtime.name} does not tell what ran inside"
@@ -153,6 +161,8 @@ def _row(runtime: Runtime, sessions: list[tuple[Measured, Job, Session]], batch:
 
 
 def _precision(runtime: Runtime, job: Job) -> str:
+    if job.onnx is not None and runtime.needs == ONNX and runtime.precision == "float32":
+        return float_type(job.onnx())
     return next((item.precision for kind, item in job.compiled.items() if kind == runtime.needs), runtime.precision)
 
 
@@ -168,15 +178,23 @@ def _drift(runtime: Runtime, item: Measured, job: Job, session: Any, x: Feeds | 
     return max(float(np.abs(a - b).max()) for a, b in zip(exact, found, strict=True)) / largest if largest else None
 
 
-def _memory(runtime: Runtime, item: Measured, job: Job, x: Feeds | np.ndarray) -> Memory:
-    """Load and run a network once, and see by how much the process grew."""
+def _load_libraries(runtime: Runtime, threads: int) -> None:
+    """Run next to nothing once, so that what the libraries themselves take is not taken for the network's."""
+    with contextlib.suppress(Exception):  # a runtime of compiled files, or no torch: then libraries are counted in
+        from repdeploy.density import run_smallest
+
+        run_smallest(runtime, threads)
+
+
+def _memory(runtime: Runtime, item: Measured, job: Job, x: Feeds | np.ndarray, before: int | None) -> Memory:
+    """Load and run a network once, and see how far the process grew over what it was `before` any network."""
     if runtime.device == "cuda":
         return _device_memory(runtime, item, job, x)
-    before = _forget_peak()
+    told = _forget_peak()
     with runtime.open(job) as session:
         session.timer(x)()
     peak = _status("VmHWM")
-    return Memory(item.name, resident=peak - before if before is not None and peak is not None else None)
+    return Memory(item.name, resident=peak - before if told and before is not None and peak is not None else None)
 
 
 def _device_memory(runtime: Runtime, item: Measured, job: Job, x: Feeds | np.ndarray) -> Memory:
@@ -193,13 +211,13 @@ def _device_memory(runtime: Runtime, item: Measured, job: Job, x: Feeds | np.nda
         return Memory(item.name, allocated=torch.cuda.max_memory_allocated() - before)
 
 
-def _forget_peak() -> int | None:
-    """Set the peak of the resident set back to what is resident now, and say how much that is. None where Linux does not."""
+def _forget_peak() -> bool:
+    """Set the peak of the resident set back to what is resident now, where the system does that."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # man 5 proc: reset the peak resident set size
     except OSError:
-        return None
-    return _status("VmRSS")
+        return False
+    return True
 
 
 def _status(name: str) -> int | None:
@@ -209,6 +227,12 @@ def _status(name: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _die_with_parent() -> None:
+    """Measure no longer than somebody waits for it, even where the parent was killed. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _stay_within_memory() -> None:

@@ -232,7 +232,7 @@ def _layers(bench: Bench) -> Iterator[Node]:
             Fold(
                 f"{row_label(row, bench.rows)}, {profile.network}: "
                 f"{quantities.plural(len(profile.convolutions), 'convolution')}, {quantities.seconds(profile.seconds)}",
-                (Paragraph(f"Known from {profile.source}."), _convolutions(profile, bench.roof(row.device)), *_rest(profile)),
+                (Paragraph(f"Known from {profile.source}."), _convolutions(profile, bench.roof_of(row)), *_rest(profile)),
             )
             for row, profile in profiles
         )

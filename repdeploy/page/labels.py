@@ -8,9 +8,17 @@ from repdeploy.measurements import BenchRow
 
 
 def row_label(row: BenchRow, among: Sequence[BenchRow]) -> str:
-    """Runtime and batch size, and the device where there are several."""
+    """Runtime and batch size; device, image and threads where there are several."""
     device = f" ({row.device})" if len({other.device for other in among}) > 1 else ""
-    return f"{row.runtime}{device}, batch {row.batch}"
+    label = f"{row.runtime}{device}, batch {row.batch}"
+    if not row.timings:
+        return label
+    first, others = row.timings[0], [other.timings[0] for other in among if other.timings]
+    if len({timing.input_shape[1:] for timing in others}) > 1:
+        label += f", {'x'.join(map(str, first.input_shape[1:]))}"
+    if len({timing.threads for timing in others}) > 1:
+        label += f", {first.threads} threads"
+    return label
 
 
 def distinct(values: Iterable[object]) -> str:

@@ -52,8 +52,8 @@ def full() -> Bench:
         profiles=(Profile("deploy", "ONEDNN_VERBOSE", (layer,)),), findings=(Finding("reorders", "deploy", "e", "r"),),
         watched=Watched((1.0, 2.0), ("t",), 0.5, ("f",)), drift=1e-3,
     )  # fmt: skip
-    table = Density("torch", "cpu", "float32", 1, 64, 28, (DensityCell(3, 1e-3, 10.0, 0.5, "jit", "n"),))
-    return Bench("a.repdeploy", (one,), HERE, ("note",), (Roofline("cpu", 100.0, "g", 1e9, "b"),), (table,))
+    table = Density("torch", "cpu", "float32", 1, 64, 28, 2, (DensityCell(3, 1e-3, 10.0, 0.5, "jit", "n"),))
+    return Bench("a.repdeploy", (one,), HERE, ("note",), (Roofline("cpu", 2, 100.0, "g", 1e9, "b"),), (table,))
 
 
 def bundle(folder: Path) -> Any:
@@ -106,15 +106,15 @@ def test_what_an_older_version_wrote_is_replaced_and_a_damaged_file_is_named(tmp
 
 def test_only_rows_of_the_same_conditions_are_resumed() -> None:
     old = Bench("a", (row(), row(batch=8), BenchRow("x", "cpu", 4, missing="not there")), HERE)
-    kept = results.resumable(old, (3, 8, 8), "cpu", 2, HERE)
+    kept = results.resumable(old, (3, 8, 8), "cpu", 2, HERE, "")
     assert kept is not None
     assert [(item.runtime, item.batch) for item in kept.rows] == [("torch", 4), ("torch", 8)]
     for image, device, threads in (((3, 9, 8), "cpu", 2), ((3, 8, 8), "cuda", 2), ((3, 8, 8), "cpu", 1)):
-        other = results.resumable(old, image, device, threads, HERE)
+        other = results.resumable(old, image, device, threads, HERE, "")
         assert other is not None
         assert other.rows == ()
-    assert results.resumable(old, (3, 8, 8), "cpu", 2, {**HERE, "torch": "2"}) is None
-    assert results.resumable(None, (3, 8, 8), "cpu", 2, HERE) is None
+    assert results.resumable(old, (3, 8, 8), "cpu", 2, {**HERE, "torch": "2"}, "") is None
+    assert results.resumable(None, (3, 8, 8), "cpu", 2, HERE, "") is None
 
 
 def test_a_baseline_judges_what_is_shipped() -> None:

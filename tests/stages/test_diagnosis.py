@@ -9,7 +9,7 @@ import pytest
 from repdeploy.benchmark import diagnosis
 from repdeploy.measurements import BenchRow, Interval, Profile, RanLayer, Roofline, Timing
 
-ROOF = Roofline("cpu", 100.0, "gemm", 10e9, "copy")
+ROOF = Roofline("cpu", 2, 100.0, "gemm", 10e9, "copy")
 """Ridge: ten operations per byte."""
 
 
