@@ -14,8 +14,17 @@ TRAIN_SCHEMA = "repdeploy.train-step/1"
 
 PEAK_PRECISION = "float32"
 """Of rooflines: what computes in another precision is not held against them."""
+PROFILE_SLACK = 2.5
+"""Profiles of networks below a millisecond add up to as much as 2.2 times a run, because looking takes time."""
+CLOSE = 0.05
+"""An interval as near to 1 as that says that there is no difference; a wider one around 1 says nothing."""
 MIN_EFFECT = 0.01
 """A difference below 1 % is none, however narrow its interval."""
+BETWEEN_RUNS = 0.05
+"""What intervals do not cover: where memory and threads came to lie this time. Medians of one file in five runs of a command
+on a shared machine with two cores lay within 2 % of each other, where nothing disturbed them."""
+WHEN_UNSTABLE = 1.0
+"""Half the speed: less than that is not told from noise where a row came with warnings."""
 PERCENTILES = {50: 1, 90: 64, 95: 130, 99: 662}
 """How many runs a percentile takes, so that its distribution-free 95 % interval ends inside the sample, with room."""
 NetworkName = Literal["training-time", "deploy", "original", "squeezed", "file"]
@@ -38,6 +47,11 @@ class Interval:
     def differs(self) -> bool:
         """A difference is called one only if the interval excludes 1 and the effect exceeds 1 %."""
         return (self.low > 1 or self.high < 1) and abs(self.ratio - 1) > MIN_EFFECT
+
+    @property
+    def is_undecided(self) -> bool:
+        """Too wide around 1 to say that there is no difference."""
+        return not self.differs and not 1 - CLOSE < self.low <= self.high < 1 + CLOSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +239,17 @@ class BenchRow:
     def is_stable(self) -> bool:
         return not self.warnings
 
+    def fits(self, profile: Profile) -> bool:
+        """Whether what was seen inside a network adds up to about what a run of it takes: looking slows small ones down, but a
+        profile far off was disturbed."""
+        run = next((timing.median for timing in self.timings if timing.network == profile.network), None)
+        return run is None or run / PROFILE_SLACK < profile.seconds < run * PROFILE_SLACK
+
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
     """What this device reaches at best: `gflops` of the best matrix product and which it was; `bandwidth` (bytes per second) of
-    the best copy and which it was."""
+    the best copy and which it was; `cache`: bytes of the last level of caches, where the system tells."""
 
     device: str
     threads: int
@@ -237,6 +257,7 @@ class Roofline:
     gflops_by: str
     bandwidth: float
     bandwidth_by: str
+    cache: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,12 +296,22 @@ class Comparison:
     batch: int
     network: str
     ratio: Interval
+    is_stable: bool = True
 
-    DERIVED: ClassVar = ("is_slower",)
+    DERIVED: ClassVar = ("is_slower", "verdict")
+
+    @property
+    def verdict(self) -> str:
+        if self.is_slower:
+            return "slower"
+        if not self.is_stable:
+            return "not judged: unstable"
+        return "faster" if self.ratio.differs and self.ratio.ratio < 1 else "not slower"
 
     @property
     def is_slower(self) -> bool:
-        return self.ratio.differs and self.ratio.ratio > 1
+        """By more than two runs of one network differ; where a row was unstable, by more than noise explains."""
+        return self.ratio.low > 1 and self.ratio.ratio > 1 + (BETWEEN_RUNS if self.is_stable else WHEN_UNSTABLE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -371,8 +371,11 @@ def bench(
     if earlier is not None:
         results.require_same_machine(earlier, environment(cores()))
     path = Path(subject) if subject is not None else newest_bundle()
-    opened, image, own_batch, available = _measurable(path, shape, trust_engine)
     second = Path(other) if other is not None else None
+    for file in (path, second):
+        if file is not None and not file.exists():
+            raise UsageError(f"there is no file or bundle {file}", hint="check the path")
+    opened, image, own_batch, available = _measurable(path, shape, trust_engine)
     if second is not None:
         for file in (path, second):
             if file.suffix != GRAPH_SUFFIX or not file.is_file():

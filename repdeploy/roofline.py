@@ -81,7 +81,9 @@ def measured(device: str, threads: int, precision: str, seconds: float) -> Roofl
     if device == "cpu":
         copies.append(_Backend("numpy copyto", _numpy_copy))
     copy = _best_copy(copies, _copied_bytes(device), seconds * (1 - PRODUCT_SHARE))
-    return Roofline(device, threads, product.rate / 1e9, product.by, copy.rate, copy.by)
+    return Roofline(
+        device, threads, product.rate / 1e9, product.by, copy.rate, copy.by, _last_level_cache() if device == "cpu" else None
+    )
 
 
 def _best_product(backends: list[_Backend], precision: str, seconds: float) -> _Best:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         TrainSteps,
     )
 
+VERDICTS = {"slower": "red", "faster": "green", "not judged: unstable": "yellow"}
 WIDE = 100
 """Columns of a terminal that has room for the tail of latencies too."""
 MOST_KERNELS = 3
@@ -108,7 +109,8 @@ def _ratio(ratio: Interval) -> list[str | Text]:
 def _remarks(row: BenchRow) -> Iterator[Text | str]:
     where = f"{row.runtime}, batch {row.batch}"
     if row.speedup is not None and not row.speedup.differs:
-        yield f"{where}: no difference (the interval includes 1, or the effect is under 1 %)"
+        none = "no difference (the interval includes 1, or the effect is under 1 %)"
+        yield f"{where}: {'too noisy to tell a difference' if row.speedup.is_undecided else none}"
     if row.drift is not None:
         yield f"{where}: computes in {row.timings[-1].precision}, {row.drift:.1e} of the largest output beside float32"
     for warning in row.warnings:
@@ -171,12 +173,12 @@ def _kernels(layers: Iterable[RanLayer]) -> list[str]:
 
 def _layers(console: Console, row: BenchRow, profile: Profile, roof: Roofline | None) -> None:
     wide = console.width >= WIDE
-    extra = (">map", ">GFLOP") if wide else ()
+    extra = (">map", ">FLOPs") if wide else ()
     table = table_of("layer~", ">kernel", ">channels", *extra, ">time", ">GFLOP/s", ">of peak", "kernel that ran~")
     for layer in profile.layers:
         if layer.kind == "convolution":
             groups = "" if layer.groups == 1 else " dw" if layer.is_depthwise else f" g{layer.groups}"
-            sizes = ("x".join(map(str, layer.output_shape[2:])), f"{layer.flops / 1e9:.3f}") if wide else ()
+            sizes = ("x".join(map(str, layer.output_shape[2:])), flops_of(layer.flops)) if wide else ()
             table.add_row(
                 layer.name, "x".join(map(str, layer.kernel)) + groups, f"{layer.inputs} -> {layer.outputs}", *sizes,
                 time_of(layer.seconds), f"{layer.gflops:,.0f}", f"{layer.gflops / roof.gflops:.0%}" if roof is not None else "",
@@ -216,7 +218,7 @@ def _findings(console: Console, rows: list[BenchRow]) -> None:
     if not found:
         return
     console.print()
-    console.print(Text("why it is not faster", "bold"))
+    console.print(Text("what holds it back", "bold"))
     for row, finding in found:
         console.print(Text.assemble((f"{row.runtime}, batch {row.batch}, {finding.kind}: ", "cyan"), finding.evidence))
         console.print(Padding(Text(finding.remedy, "green"), (0, 0, 0, 4), expand=False))
@@ -227,7 +229,7 @@ def _baseline(console: Console, result: Bench) -> None:
         return
     table = table_of("against the baseline", ">batch", "network", ">time", "95 %", "")
     for item in result.baseline:
-        said = Text("slower", "red") if item.is_slower else Text("faster", "green") if item.ratio.differs else Text("the same")
+        said = Text(item.verdict, VERDICTS.get(item.verdict, ""))
         table.add_row(
             item.runtime, str(item.batch), item.network, f"{item.ratio.ratio:.2f}x",
             f"{item.ratio.low:.2f}..{item.ratio.high:.2f}", said,
@@ -287,6 +289,13 @@ def show_train_steps(result: TrainSteps) -> int:
     if printed(result):
         return 0
     console = stdout()
+    threads = result.environment.get("threads", "?")
+    console.print(
+        Text.assemble(
+            ("training steps", "bold"),
+            f"  on {result.rows[0].device}, float32, {threads} threads, interleaved",
+        )
+    )
     with_device = any(row.allocated is not None for row in result.rows)
     table = table_of(
         "network", ">images", ">step", ">images/s", ">saved for backward", *((">allocator peak",) if with_device else ())

@@ -44,13 +44,14 @@ def findings(row: BenchRow, roof: Roofline | None, cores: int) -> tuple[Finding,
     if last.enqueue:
         found += _launches(row)
     profile = next((item for item in row.profiles if item.network == last.network), None)
-    if profile is not None:
+    if profile is not None and row.is_stable and row.fits(profile):
         found += _reorders(row, profile)
         found += _fallbacks(row, profile)
         if roof is not None:
             found += _memory(row, profile, roof)
             found += _few_flops(row, profile, roof)
-    found += _alike(row)
+    if row.is_stable and all(row.fits(item) for item in row.profiles):
+        found += _alike(row)
     return tuple(found)
 
 
@@ -134,7 +135,7 @@ def _fallbacks(row: BenchRow, profile: Profile) -> Iterable[Finding]:
 
 def _memory(row: BenchRow, profile: Profile, roof: Roofline) -> Iterable[Finding]:
     ridge = roof.gflops * 1e9 / roof.bandwidth
-    low = [layer for layer in profile.layers if layer.bytes and layer.flops < ridge * layer.bytes]
+    low = [layer for layer in profile.layers if layer.bytes > (roof.cache or 0) and layer.flops < ridge * layer.bytes]
     taken = sum(layer.seconds for layer in low)
     whole = max(profile.seconds, row.timings[-1].median)  # counters may leave out what a run spends between layers
     if not low or taken < MEMORY_SHARE * whole:
@@ -172,7 +173,7 @@ def _alike(row: BenchRow) -> Iterable[Finding]:
     if before and after > ALIKE_FLOPS * before:
         yield Finding(
             "alike", row.timings[-1].network,
-            f"the runtime computes {before / 1e9:.2f} GFLOP before and {after / 1e9:.2f} GFLOP after fusing: the branches cost "
+            f"the runtime computes {before / 1e9:.3g} GFLOP before and {after / 1e9:.3g} GFLOP after fusing: the branches cost "
             "it nothing to speak of",
             "the deploy network saves memory and layers here, not time",
         )  # fmt: skip

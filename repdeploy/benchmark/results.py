@@ -58,6 +58,8 @@ def merge(bundle: Bundle, fresh: Bench) -> None:
         if old is not None and _origin(old) != _origin(fresh):
             old = None
         kept = [row for row in old.rows if not any(_replaces(new, row) for new in fresh.rows)] if old is not None else []
+        before = {key(row): row for row in old.rows} if old is not None else {}
+        fresh = replace(fresh, rows=tuple(_with_inside(row, before.get(key(row))) for row in fresh.rows))
         rows = (*kept, *(row for row in fresh.rows if not any(_replaces(measured, row) for measured in kept)))
         roofs = {(item.device, item.threads): item for item in (*(old.rooflines if old else ()), *fresh.rooflines)}
         tables = {(item.runtime, item.device, item.threads): item for item in (*(old.density if old else ()), *fresh.density)}
@@ -65,6 +67,13 @@ def merge(bundle: Bundle, fresh: Bench) -> None:
             fresh, rows=rows, rooflines=tuple(roofs.values()), density=tuple(tables.values()),
         )  # fmt: skip
         write_text(bundle.path / BENCH, to_json(merged))
+
+
+def _with_inside(new: BenchRow, old: BenchRow | None) -> BenchRow:
+    """A row of latencies alone keeps what was seen inside the same networks before."""
+    if old is None or new.memory or new.profiles or not new.timings:
+        return new
+    return replace(new, memory=old.memory, profiles=old.profiles, findings=new.findings or old.findings)
 
 
 def fingerprint(bundle: Bundle) -> str:
@@ -138,9 +147,17 @@ def compared(old: Bench, new: Bench) -> tuple[Comparison, ...]:
     """
     require_same_machine(old, new.environment)
     earlier = {(key(row), timing.network): timing for row in old.rows for timing in row.timings}
+    doubtful = {key(row) for row in old.rows if not row.is_stable}
     shipped = ((row, row.timings[-1]) for row in new.rows if row.timings)
     found = tuple(
-        Comparison(row.runtime, row.device, row.batch, timing.network, apart(timing.seconds, old_timing.seconds))
+        Comparison(
+            row.runtime,
+            row.device,
+            row.batch,
+            timing.network,
+            apart(timing.seconds, old_timing.seconds),
+            row.is_stable and key(row) not in doubtful,
+        )
         for row, timing in shipped
         if (old_timing := _same(earlier.get((key(row), timing.network)), timing)) is not None
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -82,13 +83,18 @@ def bench(wanted: Wanted, progress: Progress, on_row: OnRow) -> Bench:
             rows += (kept := run.kept(runtime))
             for row in run.rows(runtime, [row.batch for row in kept], Path(scratch)):
                 its_roof = roof if row.timings and row.timings[-1].precision == PEAK_PRECISION else None
-                rows.append(replace(row, warnings=_doubts(row), findings=diagnosis.findings(row, its_roof, cores())))
+                judged = replace(row, warnings=_doubts(row))
+                rows.append(replace(judged, findings=diagnosis.findings(judged, its_roof, cores())))
+                run.notes += _disturbed(judged)
                 on_row(rows[-1])
         density = run.densities(chosen, rows, roof)
     rows = diagnosis.with_layouts(rows)
     progress("measuring", run.steps, run.steps)
     _require_some(rows, wanted)
     notes = list(run.notes)
+    old = sum(len(run.kept(runtime)) for runtime in chosen)
+    if old:
+        notes.append(f"{old} of {len(rows)} rows were measured before (--resume)")
     broken = [item for item in RUNTIMES.installed() if item.value is None]
     notes += [f"the runtime {item.name} of {item.distribution} does not load: {item.error}" for item in broken]
     if busy > BUSY:
@@ -243,7 +249,7 @@ class _Run:
         if not item.graph or find_spec("torch") is None:
             return memory
         live, at = self._live.setdefault((item.graph, batch), _peak(item, batch, self.wanted.image))
-        return replace(memory, weights=_weights(Path(item.graph)), live=live or None, live_at=at)
+        return replace(memory, weights=_weights(item), live=live or None, live_at=at)
 
     def roofline(self, working: Sequence[Runtime]) -> Roofline | None:
         """What this device reaches at best in float32; None where it is not asked for or cannot be measured."""
@@ -332,10 +338,14 @@ def _peak(item: Measured, batch: int, image: tuple[int, ...]) -> tuple[int, str]
     return found.bytes, found.at
 
 
-def _weights(graph: Path) -> int:
+def _weights(item: Measured) -> int:
+    """Bytes of the stored floating point tensors: an exported training-time graph holds constants that no checkpoint has."""
     from repdeploy.graph.onnx_source import read_onnx
 
-    stored = read_onnx(graph).model.graph.initializers.values()
+    if item.source == "training twin":
+        tensors = Bundle(Path(item.path)).manifest.training.values()
+        return sum(4 * math.prod(tensor.shape) for tensor in tensors if "float" in tensor.dtype)
+    stored = read_onnx(Path(item.graph)).model.graph.initializers.values()
     return sum(value.const_value.nbytes for value in stored if value.const_value is not None)
 
 
@@ -348,6 +358,17 @@ def _require_some(rows: Sequence[BenchRow], wanted: Wanted) -> None:
         raise BackendFailed(f"no runtime could run this network on {wanted.device}: {looked_for}", hint=hint)
     elsewhere = "; or measure with --device cpu" if hint and wanted.device != "cpu" else ""
     raise BackendMissing(f"nothing here runs on {wanted.device}: {looked_for}", hint=f"{hint}{elsewhere}")
+
+
+def _disturbed(row: BenchRow) -> Iterator[str]:
+    """Profiles that do not fit the times beside them."""
+    for profile in row.profiles:
+        if not row.fits(profile):
+            run = next(timing.median for timing in row.timings if timing.network == profile.network)
+            yield (
+                f"{row.runtime}, batch {row.batch}, {profile.network}: its layers took {profile.seconds * 1e3:.3g} ms, "
+                f"a run takes {run * 1e3:.3g} ms: something disturbed the profile, so nothing is concluded from it"
+            )
 
 
 def _doubts(row: BenchRow) -> tuple[str, ...]:

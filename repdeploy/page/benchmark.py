@@ -136,7 +136,7 @@ def _after(rows: Sequence[BenchRow]) -> str:
 def _speedup(row: BenchRow) -> tuple[Cell | str, ...]:
     if row.speedup is None:
         return "", "", ""
-    said: tuple[str, Tone] = ("no difference", "quiet")
+    said: tuple[str, Tone] = ("too noisy to tell" if row.speedup.is_undecided else "no difference", "quiet")
     if row.speedup.differs:
         said = ("faster", "good") if row.speedup.ratio > 1 else ("slower", "bad")
     interval = f"{row.speedup.low:.2f} to {row.speedup.high:.2f}"
@@ -179,7 +179,7 @@ def _findings(bench: Bench) -> Iterator[Node]:
             Notice(kind, tuple(f"{'; '.join(where)}: {said}" for said, where in evidence.items()), remedy)
             for (kind, remedy), evidence in found.items()
         )
-        yield Section("Why it is not faster, and what helps", tuple(notices))
+        yield Section("What holds it back, and what helps", tuple(notices))
 
 
 def _memory(bench: Bench) -> Iterator[Node]:
@@ -359,9 +359,8 @@ def _absent(bench: Bench) -> Iterator[Node]:
 
 def _baseline(bench: Bench) -> Iterator[Node]:
     def judged(item: Comparison) -> Cell:
-        if not item.ratio.differs:
-            return Cell("no difference", "quiet")
-        return Cell("slower", "bad") if item.is_slower else Cell("faster", "good")
+        tones: dict[str, Tone] = {"slower": "bad", "faster": "good", "not judged: unstable": "warn"}
+        return Cell(item.verdict, tones.get(item.verdict, "quiet"))
 
     if bench.baseline:
         rows = (

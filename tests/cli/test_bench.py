@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
+from onnx import helper
 
 from repdeploy.benchmark import stage
 from tests.cli.conftest import CommandLine, InProcess
@@ -171,3 +175,54 @@ def test_two_files_are_measured_beside_each_other(quick: InProcess, bundle: Path
     assert row["speedup"]["low"] <= row["speedup"]["ratio"] <= row["speedup"]["high"]
     refused = quick("bench", bundle, "b.onnx", *QUICK)
     assert (refused.status, "is no ONNX file" in refused.stderr) == (2, True)
+
+
+def test_modules_in_the_folder_are_not_run(repdeploy: CommandLine, bundle: Path, tmp_path: Path) -> None:
+    """Repositories have files called like libraries."""
+    for name in ("numpy", "resource", "types"):
+        (tmp_path / f"{name}.py").write_text(f"open('{name} was run', 'w')\n")
+    script = "import sys; sys.path.pop(0); from repdeploy_cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "bench", str(bundle), *QUICK, "-r", "onnxruntime", "--latency-only"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("*was run"))
+
+
+def test_a_bundle_converted_again_does_not_get_the_old_rows(
+    quick: InProcess, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = stage.bench
+
+    def meanwhile(wanted: Any, progress: Any, on_row: Any) -> Any:
+        result = measured(wanted, progress, lambda row: None)
+        manifest = bundle / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"value": "1e-05"', '"value": "1e-03"'))
+        return result
+
+    monkeypatch.setattr(stage, "bench", meanwhile)
+    answer = quick("bench", *QUICK, "-r", "onnxruntime", "--latency-only")
+    assert answer.status == 2
+    assert "was converted again while it was measured" in answer.stderr
+    assert not (bundle / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((1, 64), (), "takes no images: its input x is 1x64"),
+        ((4, 3, 9, 9), ("-b", "2"), "is fixed to a batch of 4"),
+        ((1, 3, -1, -1), (), "takes images of any size"),
+        ((1, 3, 9, 9), ("--suite", "repvgg-paper"), "take no bundle or file"),
+    ],
+)
+def test_files_that_cannot_be_measured_so(
+    shape: tuple[int, ...], options: tuple[str, ...], message: str, quick: InProcess, tmp_path: Path
+) -> None:
+    value, result = (helper.make_tensor_value_info(name, 1, shape) for name in ("x", "y"))
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [value], [result])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "f.onnx")
+    answer = quick("bench", "f.onnx", *options)
+    assert answer.status == 2, answer
+    assert message in answer.stderr

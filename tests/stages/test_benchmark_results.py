@@ -29,7 +29,7 @@ from repdeploy.measurements import (
     Watched,
     bench_from_json,
 )
-from repdeploy.records import to_json
+from repdeploy.records import plain, to_json
 
 HERE = {"processor": "p", "cores": "2", "machine": "m", "torch": "1"}
 
@@ -134,6 +134,21 @@ def test_a_baseline_judges_what_is_shipped() -> None:
     assert not faster.is_slower
 
 
+def test_an_unstable_row_is_called_slower_only_by_far() -> None:
+    noise = np.random.default_rng(0).lognormal(0, 0.02, 200)
+    old = Bench("a", (row(timings=(timing(seconds=tuple(noise[:100])),)),), HERE)
+    verdicts = {}
+    for factor in (1.03, 1.3, 3.0):
+        for warnings in ((), ("busy",)):
+            slow = row(timings=(timing(seconds=tuple(factor * noise[100:])),), warnings=warnings)
+            (found,) = results.compared(old, replace(old, rows=(slow,)))
+            verdicts[factor, bool(warnings)] = found.verdict
+    assert verdicts == {
+        (1.03, False): "not slower", (1.3, False): "slower", (3.0, False): "slower",
+        (1.03, True): "not judged: unstable", (1.3, True): "not judged: unstable", (3.0, True): "slower",
+    }  # fmt: skip
+
+
 def test_a_baseline_from_elsewhere_is_refused() -> None:
     old = Bench("a", (row(),), HERE)
     with pytest.raises(InputError, match="another machine: processor p, here q"):
@@ -143,3 +158,58 @@ def test_a_baseline_from_elsewhere_is_refused() -> None:
     half = replace(old, rows=(row(timings=(timing(precision="float16"),)),))
     with pytest.raises(InputError, match="no row of the same runtime"):
         results.compared(old, half)
+
+
+def test_nothing_of_another_network_machine_or_version_is_kept_beside_it(tmp_path: Path) -> None:
+    roofs = (Roofline("cpu", 1, 50.0, "g", 1e9, "b"), Roofline("cpu", 2, 100.0, "g", 1e9, "b"))
+    first = Bench("a", (row(),), HERE, rooflines=roofs, subject_sha256="one")
+    for other in (replace(first, subject_sha256="two"), replace(first, environment={**HERE, "torch": "2"})):
+        results.merge(bundle(tmp_path), first)
+        results.merge(bundle(tmp_path), replace(other, rows=(row(batch=8),), rooflines=roofs[:1]))
+        kept = results.read(tmp_path)
+        assert [item.batch for item in kept.rows] == [8]
+        assert kept.rooflines == roofs[:1]
+        (tmp_path / BENCH).unlink()
+    results.merge(bundle(tmp_path), first)
+    results.merge(bundle(tmp_path), replace(first, rows=(row(batch=8),), environment={**HERE, "threads": "1"}))
+    assert len(results.read(tmp_path).rows) == 2, "threads are each row's own"
+
+
+def test_a_row_is_held_against_the_roof_of_its_threads_and_precision() -> None:
+    roofs = (Roofline("cpu", 1, 50.0, "g", 1e9, "b"), Roofline("cpu", 2, 100.0, "g", 1e9, "b"))
+    bench = Bench("a", (), HERE, rooflines=roofs)
+    assert bench.roof_of(row()) == roofs[1]
+    assert bench.roof_of(row(timings=(timing(threads=1),))) == roofs[0]
+    assert bench.roof_of(row(timings=(timing(threads=3),))) is None
+    assert bench.roof_of(row(timings=(timing(precision="float16"),))) is None
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        row(timings=(timing(seconds=()),)),
+        row(timings=(timing(seconds=(0.0,)),)),
+        row(timings=(timing(seconds=(-1.0,)),)),
+        row(timings=(timing(seconds=(float("nan"),)),)),
+        row(speedup=Interval(1.0, 0.0, 2.0)),
+    ],
+)
+def test_numbers_that_no_benchmark_writes(damaged: BenchRow, tmp_path: Path) -> None:
+    good = to_json(Bench("a", (row(),), HERE))
+    document = json.loads(good)
+    document["rows"] = [
+        plain(replace(damaged, timings=(), speedup=damaged.speedup)) | {"timings": [_told(item) for item in damaged.timings]}
+    ]
+    (tmp_path / BENCH).write_text(json.dumps(document))
+    with pytest.raises(InputError, match="is no benchmark"):
+        results.read(tmp_path)
+
+
+def _told(item: Timing) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in item.__dataclass_fields__ if name != "DERIVED"}
+
+
+def test_a_newer_version_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / BENCH).write_text(json.dumps({"schema": "repdeploy.bench/99", "rows": []}))
+    with pytest.raises(InputError, match="expected schema"):
+        results.merge(bundle(tmp_path), Bench("a", (row(),), HERE))

@@ -116,3 +116,34 @@ def test_layouts_are_advised_only_where_both_were_measured() -> None:
     assert [[item.kind for item in entry.findings] for entry in diagnosis.with_layouts([here, slower])] == [[], ["layout"]]
     close = replace(there, timings=(timing(49e-3),))
     assert all(not entry.findings for entry in diagnosis.with_layouts([here, close]))
+
+
+def test_nothing_is_said_where_the_evidence_is_missing() -> None:
+    uncounted = layer(2e-3, "other")
+    assert kinds(row(layer(1e-4, flops=1_000_000, moved=1000), uncounted)) == [], "who knows what that layer computes"
+    cached = layer(1e-3, flops=1_000_000, moved=20_000_000)
+    assert kinds(row(cached, layer(1e-5, flops=90_000_000))) == [], "twice the bandwidth of memory comes from a cache"
+    short = layer(1e-3, flops=1_000_000, moved=6_000_000)
+    assert "memory-bound" not in kinds(row(short, timings=(timing(2.2e-3),))), "most of the run is elsewhere"
+    profiles = (Profile("a.onnx", "p", (BUSY,)), Profile("b.onnx", "p", (BUSY,)))
+    files = (timing(1e-3, "a.onnx"), timing(1e-3, "b.onnx"))
+    assert kinds(row(profiles=profiles, timings=files, speedup=Interval(1.0, 0.99, 1.01))) == [], (
+        "nobody fused one into the other"
+    )
+    fused = (Profile("training-time", "p", (BUSY,)), Profile("deploy", "p", (BUSY,)))
+    assert kinds(row(profiles=fused, speedup=Interval(0.5, 0.4, 0.6))) == [], "slower is not alike"
+
+
+def test_nothing_is_concluded_from_disturbed_measurements() -> None:
+    slow = row(BUSY, layer(5e-4, "reorder"))
+    assert kinds(slow) == ["reorders"]
+    assert kinds(replace(slow, warnings=("noisy",))) == []
+    assert kinds(replace(slow, timings=(timing(2e-3, "training-time"), timing(1e-2)))) == [], (
+        "layers that take a tenth of a run"
+    )
+    oversubscribed = replace(slow, timings=(timing(threads=8),), warnings=("noisy",))
+    assert kinds(oversubscribed) == ["oversubscribed"], "that is known without measuring"
+    small = Roofline("cpu", 2, 100.0, "gemm", 10e9, "copy", cache=32 << 20)
+    moving = row(layer(1e-3, flops=1_000_000, moved=6_000_000), layer(1e-5, flops=90_000_000))
+    assert "memory-bound" in kinds(moving)
+    assert "memory-bound" not in kinds(moving, small), "that fits into the cache"

@@ -125,7 +125,7 @@ def test_sections_come_in_the_promised_order(full: str) -> None:
         ("h2", "The network before and after"),
         ("h2", "Artifacts"),
         ("h2", "Benchmark"),
-        ("h3", "Why it is not faster, and what helps"),
+        ("h3", "What holds it back, and what helps"),
         ("h3", "Memory before and after"),
         ("h3", "Share of 3x3 convolutions"),
         ("h3", "Every convolution"),

@@ -78,12 +78,12 @@ def bench(
     if suite is not None and train_step:
         raise typer.BadParameter("--suite and --train-step are two benchmarks: give one of them")
     if suite is not None or train_step:
-        _require_none("--suite and --train-step", {
+        _require_none("--suite and --train-step take", {
             "a bundle or file": subject, "--input-shape": input_shape, "--baseline": baseline, "--resume": resume,
             "--strict": strict, "--layers": layers, "--latency-only": latency_only, "--trust-engine": trust_engine,
         })  # fmt: skip
     if not train_step:
-        _require_none("a benchmark other than --train-step", {"--model": model, "--side": side})
+        _require_none("only --train-step takes what is given: this takes", {"--model": model, "--side": side})
     elif runtime:
         raise typer.BadParameter("--train-step takes no --runtime: torch is what trains")
     if suite is not None:
@@ -118,4 +118,4 @@ def _require_none(benchmark: str, given: dict[str, object]) -> None:
     """What one kind of benchmark would leave unread is refused."""
     for name, value in given.items():
         if value:
-            raise typer.BadParameter(f"{benchmark} takes no {name.removeprefix('a ')}")
+            raise typer.BadParameter(f"{benchmark} no {name.removeprefix('a ')}")
