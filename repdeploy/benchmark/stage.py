@@ -117,9 +117,9 @@ def chosen_runtimes(device: str, only: Sequence[str]) -> list[Runtime]:
         raise UsageError(
             f"no runtime for {device} is called {', '.join(unknown)}", hint=f"runtimes for {device}: {', '.join(installed)}"
         )
-    return (
-        [installed[name] for name in dict.fromkeys(only)] if only else [item for item in installed.values() if item.by_default]
-    )
+    if only:
+        return [installed[name] for name in dict.fromkeys(only)]
+    return [item for item in installed.values() if item.by_default]
 
 
 def _chosen(wanted: Wanted) -> list[Runtime]:
@@ -248,7 +248,9 @@ class _Run:
         """What the graph itself tells beside what was measured."""
         if not item.graph or find_spec("torch") is None:
             return memory
-        live, at = self._live.setdefault((item.graph, batch), _peak(item, batch, self.wanted.image))
+        if (item.graph, batch) not in self._live:
+            self._live[item.graph, batch] = _peak(item, batch, self.wanted.image)
+        live, at = self._live[item.graph, batch]
         return replace(memory, weights=_weights(item), live=live or None, live_at=at)
 
     def roofline(self, working: Sequence[Runtime]) -> Roofline | None:
@@ -367,7 +369,7 @@ def _disturbed(row: BenchRow) -> Iterator[str]:
             run = next(timing.median for timing in row.timings if timing.network == profile.network)
             yield (
                 f"{row.runtime}, batch {row.batch}, {profile.network}: its layers took {profile.seconds * 1e3:.3g} ms, "
-                f"a run takes {run * 1e3:.3g} ms: something disturbed the profile, so nothing is concluded from it"
+                f"a run takes {run * 1e3:.3g} ms: the profile does not account for the run, so nothing is concluded from it"
             )
 
 
