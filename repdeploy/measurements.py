@@ -27,7 +27,6 @@ WHEN_UNSTABLE = 1.0
 """Half the speed: less than that is not told from noise where a row came with warnings."""
 PERCENTILES = {50: 1, 90: 64, 95: 130, 99: 662}
 """How many runs a percentile takes, so that its distribution-free 95 % interval ends inside the sample, with room."""
-NetworkName = Literal["training-time", "deploy", "original", "squeezed", "file"]
 LayerKind = Literal["convolution", "matmul", "reorder", "other"]
 MemoryMeasure = Literal["saved", "allocated"]
 T = TypeVar("T")

@@ -72,11 +72,11 @@ def looked_into(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     images = _images(job, request)
     _load_libraries(runtime, request["threads"])
     before = _status("VmRSS")
-    for batch in request["batches"]:
-        try:
-            memory = _memory(runtime, item, job, images(batch), before)
-        except Exception:  # the timed row says why
-            continue
+    memories: dict[int, Memory] = {}
+    for batch in request["batches"]:  # before anything is profiled, which takes memory too
+        with contextlib.suppress(Exception):  # the timed row says why
+            memories[batch] = _memory(runtime, item, job, images(batch), before)
+    for batch, memory in memories.items():
         profile, why = None, "" if isinstance(runtime, Profiling) else f"{runtime.name} does not tell what ran inside"
         if isinstance(runtime, Profiling):
             try:

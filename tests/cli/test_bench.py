@@ -214,7 +214,7 @@ def test_a_bundle_converted_again_does_not_get_the_old_rows(
         ((1, 64), (), "takes no images: its input x is 1x64"),
         ((4, 3, 9, 9), ("-b", "2"), "is fixed to a batch of 4"),
         ((1, 3, -1, -1), (), "takes images of any size"),
-        ((1, 3, 9, 9), ("--suite", "repvgg-paper"), "take no bundle or file"),
+        ((1, 3, 9, 9), ("--suite", "repvgg-paper"), "SUBJECT is about a bundle or file"),
     ],
 )
 def test_files_that_cannot_be_measured_so(

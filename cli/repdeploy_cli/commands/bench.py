@@ -78,14 +78,12 @@ def bench(
     if suite is not None and train_step:
         raise typer.BadParameter("--suite and --train-step are two benchmarks: give one of them")
     if suite is not None or train_step:
-        _require_none("--suite and --train-step take", {
-            "a bundle or file": subject, "--input-shape": input_shape, "--baseline": baseline, "--resume": resume,
-            "--strict": strict, "--layers": layers, "--latency-only": latency_only, "--trust-engine": trust_engine,
+        _refuse("is about a bundle or file, not about --suite or --train-step", {
+            "SUBJECT": subject, "--input-shape": input_shape, "--baseline": baseline, "--resume": resume, "--strict": strict,
+            "--layers": layers, "--latency-only": latency_only, "--trust-engine": trust_engine,
         })  # fmt: skip
-    if not train_step:
-        _require_none("only --train-step takes what is given: this takes", {"--model": model, "--side": side})
-    elif runtime:
-        raise typer.BadParameter("--train-step takes no --runtime: torch is what trains")
+    _refuse("is for --train-step", {} if train_step else {"--model": model, "--side": side})
+    _refuse("is not for --train-step, which torch does", {"--runtime": runtime} if train_step else {})
     if suite is not None:
         with progress() as report:
             from repdeploy import pipeline
@@ -114,8 +112,8 @@ def bench(
     return show_bench(result, layers=layers, strict=strict)
 
 
-def _require_none(benchmark: str, given: dict[str, object]) -> None:
-    """What one kind of benchmark would leave unread is refused."""
+def _refuse(why: str, given: dict[str, object]) -> None:
+    """What one kind of benchmark would leave unread."""
     for name, value in given.items():
         if value:
-            raise typer.BadParameter(f"{benchmark} no {name.removeprefix('a ')}")
+            raise typer.BadParameter(f"{name} {why}")
