@@ -14,6 +14,15 @@ MANIFEST_SCHEMA = "repdeploy.manifest/1"
 Origin = Literal["set", "arch", "file", "image", "skeleton", "default"]
 """Where a fact comes from: --set, --arch, the file beside its tensors, the size of the images that the user gave, the network's
 convention, or nothing at all."""
+ORIGINS: Mapping[Origin, str] = {
+    "set": "stated (--set)",
+    "arch": "stated (--arch)",
+    "file": "stored in the file",
+    "image": "image size",
+    "skeleton": "assumed (convention)",
+    "default": "assumed (nothing tells it)",
+}
+"""The same in a reader's words."""
 ASSUMED: tuple[Origin, ...] = ("image", "skeleton", "default")
 """Origins that nobody stated: the verdict lists such facts unless it is anchored."""
 

@@ -38,14 +38,6 @@ if TYPE_CHECKING:
         Verification,
     )  # fmt: skip
 
-ORIGINS = {
-    "set": "stated (--set)",
-    "arch": "stated (--arch)",
-    "file": "stored in the file",
-    "image": "image size",
-    "skeleton": "assumed (convention)",
-    "default": "assumed (nothing tells it)",
-}
 MAX_BLOCK_ROWS = 12
 """Longer block tables show their beginning and the last block; --json has them all."""
 OPERATORS_NAMED = 6
@@ -518,6 +510,8 @@ def _branches(console: Console, blocks: tuple[BlockBranches, ...]) -> None:
 
 
 def _facts(console: Console, facts: tuple[Fact, ...]) -> None:
+    from repdeploy.records import ORIGINS
+
     if not facts:
         return
     console.print()

@@ -24,6 +24,7 @@ from repdeploy.page.document import (
 )
 from repdeploy.page.labels import distinct, grouped, some
 from repdeploy.records import (
+    ORIGINS,
     Artifact,
     BlockReport,
     Check,
@@ -31,7 +32,6 @@ from repdeploy.records import (
     Grade,
     GraphReport,
     Manifest,
-    Origin,
     Pruning,
     WideLayer,
 )  # fmt: skip
@@ -60,14 +60,6 @@ GATES = {
     "anchor": "outputs that were recorded, or computed, outside this tool",
     "roads": "two independent ways to the kernels, by the checkpoint's keys and by the graph",
     "artifact": "an exported file, as a runtime computes it, against the exact outputs",
-}
-ORIGINS: dict[Origin, str] = {
-    "set": "stated with --set",
-    "arch": "stated with --arch",
-    "file": "stored in the file",
-    "image": "the image size",
-    "skeleton": "assumed: the network's convention",
-    "default": "assumed: nothing tells it",
 }
 FEW = 12
 """Longer tables are folded away."""
